@@ -1,0 +1,54 @@
+"""The model card of an exported checkpoint."""
+
+from typing import Any
+
+from flows.results import provenance
+from flows.session import Session
+
+
+def model_card(session: Session, dense: dict[str, Any], prune: dict[str, Any], texts: dict[str, Any]) -> str:
+    """What was removed, how, from which data, and what it cost: Markdown with the hub's metadata header."""
+    params = session.params.prune
+    origin = provenance(session)
+    pruned = prune["pruned"]
+    calibration, evaluation = texts["calibration"], texts["evaluation"]
+    versions = ", ".join(f"{name} {number}" for name, number in origin["versions"].items())
+    rows = "\n".join(
+        f"| {shot['shot']} | {shot['target']:.1%} | {shot['sparsity']:.2%} | {shot['perplexity']:.2f} |"
+        for shot in prune["shots"]
+    )
+    return f"""---
+library_name: transformers
+tags: [pruned, surgeon]
+---
+
+# {_inline(session.checkpoint.source)}, {pruned['sparsity']:.1%} of its decoder weights removed
+
+Pruned with Surgeon {origin['versions']['surgeon']} (method {params.method}, {params.structure}, curvature {params.curvature},
+cost {params.cost}, ranking {params.ranking}, update {params.update}, {params.shots} shots) without retraining.
+
+| | dense | pruned |
+|---|---|---|
+| perplexity ({evaluation['n_windows']} windows of {evaluation['length']} tokens) | {dense['perplexity']:.2f} | {pruned['perplexity']:.2f} |
+| non-zero parameters | {dense['nonzero']:,} | {pruned['nonzero']:,} |
+| non-zero weights of decoder linears | {dense['linear_nonzero']:,} | {pruned['linear_nonzero']:,} |
+
+| shot | asked | removed | perplexity |
+|---|---|---|---|
+{rows}
+
+The tensors keep their dense shapes: removed rows and columns are exactly zero. The files are not smaller and the model
+is not faster than the dense one.
+
+- Base model: {_inline(session.checkpoint.source)}, revision {_inline(session.checkpoint.revision)}, digest `{session.checkpoint.digest}`.
+- Calibration: {calibration['n_sequences']} sequences of {calibration['length']} tokens of {_inline(calibration['source'])}
+  ({_inline(calibration['split'])}, {_inline(calibration['revision'])}), seed {origin['seed']}.
+- Evaluation: {_inline(evaluation['source'])} ({_inline(evaluation['split'])}, {_inline(evaluation['revision'])}).
+- Digest of the pruned weights: `{prune['weights_digest']}`.
+- Versions: {versions}.
+"""
+
+
+def _inline(text: str) -> str:
+    """A name as inline code, so that nothing in it is taken for markup."""
+    return "`" + str(text).replace("`", "'").replace("\n", " ") + "`"

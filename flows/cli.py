@@ -1,0 +1,241 @@
+"""The `surgeon` command."""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from surgeon.errors import InputError, SurgeonError
+
+if TYPE_CHECKING:
+    from flows.session import Session
+
+app = typer.Typer(
+    name="surgeon",
+    help="Makes trained language models smaller without retraining them, with the curvature of their loss.\n\n"
+    "`surgeon run` does the whole job; the other commands run one stage of it (what earlier stages found is taken from "
+    "the store), or look at what is there. Killed at any moment, the same command goes on where it was.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+)
+
+Override = Annotated[
+    list[str] | None,
+    typer.Option("-S", "--set", metavar="KEY=VALUE", help="Override a parameter, e.g. `-S prune.sparsity=0.3`. Repeat."),
+]
+ParamsFile = Annotated[
+    Path | None, typer.Option("-p", "--params", help="Parameter file; default: params.yaml of the project, if there.")
+]
+Root = Annotated[
+    Path, typer.Option("-C", "--project", help="Project directory; results go to its data/.", envvar="SURGEON_PROJECT")
+]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no table.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; nothing else goes there.")]
+EngineName = Annotated[
+    str | None, typer.Option("--engine", help="`prefect` or `inline` (no server); default: run.engine of the parameters.")
+]
+ModelArgument = Annotated[str | None, typer.Argument(help="Model directory, GGUF file or hub id; default: model.source.")]
+
+
+@contextmanager
+def _session(
+    root: Path, params_file: Path | None, overrides: list[str] | None, quiet: bool, engine: str | None
+) -> "Iterator[Session]":
+    """Opens parameters, files, engine and display for one command."""
+    from flows.display import Display
+    from flows.engine import InlineEngine
+    from flows.params import load_params
+    from flows.prefect_engine import PrefectEngine
+    from flows.session import Session
+    from flows.workspace import Workspace
+
+    root = root.resolve()
+    default = root / "params.yaml"
+    file = params_file or (default if default.is_file() else None)
+    given = [*(overrides or []), *([f"run.engine={engine}"] if engine else [])]
+    params = load_params(file, given)
+    with Display(quiet) as display:
+        chosen = PrefectEngine(root, display) if params.run.engine == "prefect" else InlineEngine(display)
+        session = Session(params, Workspace(root, params.run.store), chosen, display.say)
+        yield session
+
+
+def _stage_command(name: str, doc: str) -> Callable[..., None]:
+    def command(
+        override: Override = None, params: ParamsFile = None, project: Root = Path(), quiet: Quiet = False,
+        engine: EngineName = None,
+    ) -> None:
+        from flows.stages import run_stage
+
+        with _session(project, params, override, quiet, engine) as session:
+            session.check()
+            run_stage(session, name)
+
+    command.__doc__ = doc
+    return command
+
+
+@app.command()
+def run(
+    override: Override = None, params: ParamsFile = None, project: Root = Path(), quiet: Quiet = False,
+    as_json: AsJson = False, engine: EngineName = None,
+) -> None:
+    """Do the whole job: model, calibration, dense evaluation, shots, export, report.
+
+    Ends with a table, data/metrics/run.json and a checkpoint in data/export that transformers loads.
+    """
+    from flows.render import render_results
+    from flows.stages import run_all
+
+    with _session(project, params, override, quiet or as_json, engine) as session:
+        session.check()
+        results = run_all(session)
+    if as_json:
+        print(json.dumps(results, indent=2))
+    elif not quiet:
+        render_results(results, Console())
+
+
+for _name, _doc in {
+    "model": "Fetch or convert the model, and write down what it is.",
+    "calibrate": "Draw calibration sequences and cut evaluation windows.",
+    "prune": "Run the shots: curvature, costs, mask, update, evaluation.",
+    "export": "Write the pruned checkpoint to data/export and load it back.",
+}.items():
+    app.command(_name)(_stage_command(_name, _doc))
+
+
+@app.command()
+def evaluate(
+    model: ModelArgument = None, override: Override = None, params: ParamsFile = None, project: Root = Path(),
+    quiet: Quiet = False, as_json: AsJson = False, engine: EngineName = None,
+) -> None:
+    """Evaluate a model: perplexity, parameters, zeros, bytes.
+
+    Without MODEL: the dense model, as the stage of the pipeline. With MODEL: any checkpoint, for example data/export.
+    """
+    from flows.render import render_evaluation
+    from flows.stages import evaluate_other, run_stage
+    from flows.workspace import read_json
+
+    given = [*(override or []), *([f"model.source={model}"] if model else [])]
+    with _session(project, params, given, quiet or as_json, engine) as session:
+        session.check()
+        if model:
+            facts = evaluate_other(session)
+        else:
+            run_stage(session, "evaluate")
+            facts = read_json(session.workspace.stage_file("evaluate"))["facts"]
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    elif not quiet:
+        render_evaluation(facts, Console())
+
+
+@app.command()
+def report(
+    override: Override = None, params: ParamsFile = None, project: Root = Path(), quiet: Quiet = False,
+    as_json: AsJson = False, engine: EngineName = None,
+) -> None:
+    """Sample both models and put all results together in data/metrics/run.json; show the table."""
+    from flows.render import render_results
+    from flows.stages import run_stage, write_results
+
+    with _session(project, params, override, quiet or as_json, engine) as session:
+        session.check()
+        run_stage(session, "report")
+        results = write_results(session)
+    if as_json:
+        print(json.dumps(results, indent=2))
+    elif not quiet:
+        render_results(results, Console())
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    model: Annotated[str, typer.Option("--model", help="`dense`, `pruned` (the last run's), or a model.")] = "pruned",
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="New tokens at most.")] = 40,
+    override: Override = None, params: ParamsFile = None, project: Root = Path(), as_json: AsJson = False,
+) -> None:
+    """Continue a prompt greedily with the dense model, the pruned one or any other."""
+    from flows.stages import pruned_state
+    from tasks.evaluation import sample_task
+
+    given = [*(override or []), *([f"model.source={model}"] if model not in ("dense", "pruned") else [])]
+    with _session(project, params, given, True, "inline") as session:
+        state = pruned_state(session) if model == "pruned" else session.dense
+        sample = session.engine.task(
+            sample_task, session.context, state, prompt, tokens, model, name="sample"
+        ).attributes
+    print(json.dumps(sample, indent=2) if as_json else prompt + sample["continuation"])
+
+
+@app.command()
+def status(
+    override: Override = None, params: ParamsFile = None, project: Root = Path(), as_json: AsJson = False
+) -> None:
+    """Show what is in the store for these parameters, and what a run would still do. Computes nothing."""
+    from flows.render import render_status
+    from flows.status import status_of
+
+    with _session(project, params, override, True, "inline") as session:
+        lines = status_of(session)
+    if as_json:
+        print(json.dumps(lines, indent=2))
+    else:
+        render_status(lines, Console())
+
+
+@app.command()
+def inspect(
+    block: Annotated[int | None, typer.Option("--block", min=0, help="Look into the factors of this block.")] = None,
+    shot: Annotated[int | None, typer.Option("--shot", min=1, help="Of this shot; default: the last with factors.")] = None,
+    store: Annotated[bool, typer.Option("--store", help="List everything in the store, not only the last run.")] = False,
+    override: Override = None, params: ParamsFile = None, project: Root = Path(), as_json: AsJson = False,
+) -> None:
+    """List what the last run stored: objects, shapes, digests; with --block also condition numbers of its factors."""
+    from flows.inspection import inspect_block, list_objects
+    from flows.render import render_block, render_objects
+
+    with _session(project, params, override, True, "inline") as session:
+        rows = list_objects(session.workspace, whole_store=store) if block is None else None
+        layers = inspect_block(session.workspace, block, shot) if block is not None else None
+    if as_json:
+        print(json.dumps(rows if rows is not None else layers, indent=2))
+    elif rows is not None:
+        render_objects(rows, Console())
+    elif layers is not None:
+        render_block(layers, Console())
+
+
+def main() -> None:
+    """Entry point: exit status 0 done, 2 bad input (one message, no traceback), 1 anything else."""
+    try:
+        app()
+    except InputError as error:
+        print(f"surgeon: {error}", file=sys.stderr)
+        sys.exit(2)
+    except SurgeonError as error:
+        print(f"surgeon: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("surgeon: interrupted; the same command goes on where it was", file=sys.stderr)
+        sys.exit(130)
+    except Exception:
+        traceback.print_exc()
+        print("surgeon: this is a bug; what was finished is in the store, and a rerun goes on from there", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What the user sees while a run goes on: a bar with the time left on a terminal, lines elsewhere, or nothing."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from flows.engine import TaskObserver
+from flows.work import WorkPlan
+from tasks.progress import SilentReporter, set_reporter
+
+_LINE_EVERY_S = 5.0
+
+
+class Display(TaskObserver):
+    """Draws progress on stderr. Also the tasks' reporter while it is entered.
+
+    Args:
+        quiet: show nothing at all.
+    """
+
+    def __init__(self, quiet: bool) -> None:
+        self._console = Console(stderr=True, soft_wrap=True)
+        self._quiet = quiet
+        self._plan: WorkPlan | None = None
+        self._start = time.perf_counter()
+        self._units_done = 0.0
+        self._units_executed = 0.0
+        self._seconds_executed = 0.0
+        self._task_start = self._start
+        self._task = ""
+        self._part = 0.0
+        self._last_line = 0.0
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> "Display":
+        set_reporter(self)
+        if not self._quiet and sys.stderr.isatty():
+            columns = (
+                TextColumn("{task.description:<46}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+                TextColumn("{task.fields[left]}"),
+            )
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._bar.add_task("starting", total=1.0, left="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        set_reporter(SilentReporter())
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """Shows a line."""
+        if not self._quiet:
+            self._console.print(line, highlight=False, markup=False)
+
+    def plan(self, plan: WorkPlan) -> None:
+        """Tells how much work there is in all, so that the time left can be given."""
+        self._plan = plan
+
+    def task_started(self, name: str) -> None:
+        """A task begins."""
+        self._task, self._part, self._task_start = name, 0.0, time.perf_counter()
+
+    def task_finished(self, name: str, cached: bool) -> None:
+        """A task has ended."""
+        units = self._plan.units(name) if self._plan else 0.0
+        self._units_done += units
+        if not cached:
+            self._units_executed += units
+            self._seconds_executed += time.perf_counter() - self._task_start
+        self._part = 0.0
+        self._draw(name)
+
+    def update(self, label: str, done: int, total: int) -> None:
+        """A task has done part of its steps."""
+        self._part = done / max(total, 1)
+        self._draw(label)
+
+    def tasks_reused(self, names: list[str]) -> None:
+        """Tasks that were not asked for because a finished result stands for all of them."""
+        self._units_done += sum(self._plan.units(name) for name in names) if self._plan else 0.0
+
+    def _fraction(self) -> float:
+        if self._plan is None:
+            return 0.0
+        return min(1.0, (self._units_done + self._part * self._plan.units(self._task)) / self._plan.total)
+
+    def _left(self) -> str:
+        if self._plan is None:
+            return ""
+        units = self._units_executed + self._part * self._plan.units(self._task)
+        seconds = self._seconds_executed + (time.perf_counter() - self._task_start if self._part else 0.0)
+        if units < 0.01 * self._plan.total or seconds < 1.0:
+            return ""
+        left = (1.0 - self._fraction()) * self._plan.total * seconds / units
+        return f"about {int(left) // 60}:{int(left) % 60:02d} left"
+
+    def _draw(self, what: str) -> None:
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], description=what, completed=self._fraction(), left=self._left())
+            return
+        now = time.perf_counter()
+        if now - self._last_line >= _LINE_EVERY_S:
+            self._last_line = now
+            elapsed = int(now - self._start)
+            parts = [f"{elapsed // 60}:{elapsed % 60:02d}", f"{self._fraction():4.0%}", what, self._left()]
+            self._console.print("  ".join(part for part in parts if part), highlight=False, markup=False)

@@ -1,0 +1,104 @@
+"""Who runs tasks: this process alone (inline), or Prefect, which shows and records them.
+
+The tasks are the same; neither engine's cache is used (the store is the one source of truth).
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from flows.work import WorkPlan
+from tasks.stage import Outcome
+
+T = TypeVar("T")
+
+
+@dataclass
+class StageTally:
+    """What happened in a stage: tasks executed and found in the store, and seconds by kind of task."""
+
+    executed: int = 0
+    cached: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    elapsed_s: float = 0.0
+
+
+class TaskObserver:
+    """Is told about tasks; the base class does nothing."""
+
+    def plan(self, plan: WorkPlan) -> None:
+        """How much work there is in all, so that the time left can be given."""
+
+    def task_started(self, name: str) -> None:
+        """A task begins."""
+
+    def task_finished(self, name: str, cached: bool) -> None:
+        """A task has ended."""
+
+    def tasks_reused(self, names: list[str]) -> None:
+        """Tasks were not asked for, because a finished result stands for all of them."""
+
+
+class Engine(ABC):
+    """Runs stages (flows) and tasks, and keeps count."""
+
+    name: str
+
+    def __init__(self, observer: TaskObserver | None = None) -> None:
+        self.observer = observer or TaskObserver()
+        self.tallies: dict[str, StageTally] = {}
+        self._stages: list[str] = []
+
+    @property
+    def tally(self) -> StageTally:
+        """Count of the stage that is running."""
+        return self.tallies.setdefault(self._stages[-1] if self._stages else "", StageTally())
+
+    def stage(self, name: str, body: Callable[[], T]) -> T:
+        """Runs a stage; stages may contain stages."""
+        self._stages.append(name)
+        start = time.perf_counter()
+        try:
+            return self._run_stage(name, body)
+        finally:
+            self.tally.elapsed_s += time.perf_counter() - start
+            self._stages.pop()
+
+    def task(self, body: Callable[..., Outcome[T]], *args: Any, name: str) -> T:
+        """Runs a task and returns its value (a reference, or several)."""
+        self.observer.task_started(name)
+        outcome: Outcome[T] = self._run_task(body, args, name)
+        self.observer.task_finished(name, outcome.cached)
+        tally = self.tally
+        if outcome.cached:
+            tally.cached += 1
+        else:
+            tally.executed += 1
+            kind = name.rsplit("/", 1)[-1]
+            tally.seconds[kind] = tally.seconds.get(kind, 0.0) + outcome.seconds
+        return outcome.value
+
+    def reuse(self, names: list[str]) -> None:
+        """Counts tasks that were not even asked for, because a result made from all of them was there."""
+        self.tally.cached += len(names)
+        self.observer.tasks_reused(names)
+
+    @abstractmethod
+    def _run_stage(self, name: str, body: Callable[[], T]) -> T: ...
+
+    @abstractmethod
+    def _run_task(self, body: Callable[..., Outcome[T]], args: tuple[Any, ...], name: str) -> Outcome[T]: ...
+
+
+class InlineEngine(Engine):
+    """Calls everything directly: no server, no other process."""
+
+    name = "inline"
+
+    def _run_stage(self, name: str, body: Callable[[], T]) -> T:
+        return body()
+
+    def _run_task(self, body: Callable[..., Outcome[T]], args: tuple[Any, ...], name: str) -> Outcome[T]:
+        return body(*args)

@@ -1,0 +1,92 @@
+"""Results as tables on a terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def render_results(results: dict[str, Any], console: Console) -> None:
+    """The table a run ends with."""
+    dense, pruned = results["dense"], results["pruned"]
+    table = Table(title=f"{results['provenance']['model']['source']}: dense and pruned", title_justify="left")
+    for name in ("", "dense", "pruned"):
+        table.add_column(name, justify="left" if not name else "right")
+    windows = f"{results['windows']} windows of {results['window_length']} tokens"
+    table.add_row(f"perplexity ({windows})", f"{dense['perplexity']:.2f}", f"{pruned['perplexity']:.2f}")
+    table.add_row("non-zero parameters", f"{dense['nonzero']:,}", f"{pruned['nonzero']:,}")
+    table.add_row("non-zero decoder weights", f"{dense['linear_nonzero']:,}", f"{pruned['linear_nonzero']:,}")
+    console.print(table)
+    console.print(_shot_table(results["shots"]))
+    console.print(_seconds_line(results), highlight=False)
+    for name in ("dense", "pruned"):
+        sample = results["samples"][name]
+        console.print(f"{name}: {sample['prompt']}→{sample['continuation']}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _shot_table(shots: list[dict[str, Any]]) -> Table:
+    kinds = list(dict.fromkeys(kind for shot in shots for kind in shot["seconds"]))
+    table = Table(title="shots (seconds as spent when computed)", title_justify="left")
+    for name in ("shot", "sparsity asked", "reached", "perplexity", *kinds):
+        table.add_column(name, justify="right")
+    for shot in shots:
+        seconds = [f"{shot['seconds'].get(kind, 0.0):.1f}" for kind in kinds]
+        table.add_row(str(shot["shot"]), f"{shot['target']:.2%}", f"{shot['sparsity']:.3%}",
+                      f"{shot['perplexity']:.2f}", *seconds)
+    return table
+
+
+def _seconds_line(results: dict[str, Any]) -> str:
+    parts = ", ".join(f"{kind} {s:.1f}" for kind, s in sorted(results["seconds"].items()) if kind != "total")
+    tasks = results["tasks"]
+    return (
+        f"{results['elapsed_s']:.0f} s this time ({tasks['executed']} tasks executed, {tasks['cached']} reused), "
+        f"peak memory {results['peak_memory_gib']:.2f} GiB. Seconds by stage when computed: {parts}."
+    )
+
+
+def render_evaluation(facts: dict[str, Any], console: Console) -> None:
+    """One model's numbers."""
+    table = Table()
+    table.add_column("")
+    table.add_column("", justify="right")
+    for name, value in facts.items():
+        table.add_row(name, f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
+    console.print(table)
+
+
+def render_status(lines: list[dict[str, Any]], console: Console) -> None:
+    """What is there and what would run."""
+    table = Table()
+    for name in ("stage", "in the store", "would run"):
+        table.add_column(name)
+    for line in lines:
+        table.add_row(line["stage"], line["found"], line["would_run"] or "nothing")
+    console.print(table)
+
+
+def render_objects(rows: list[dict[str, Any]], console: Console) -> None:
+    """Objects of a store."""
+    table = Table()
+    for name in ("name", "kind", "arrays", "digest", "MiB"):
+        table.add_column(name, justify="right" if name == "MiB" else "left", no_wrap=name != "arrays")
+    for row in rows:
+        arrays = ", ".join(f"{name} {shape}" for name, shape in list(row["arrays"].items())[:2])
+        more = f" … {len(row['arrays']) - 2} more" if len(row["arrays"]) > 2 else ""
+        size = f"{row['bytes'] / 2**20:.1f}" if row["payload"] else "evicted"
+        table.add_row(row["name"], row["kind"], arrays + more, row["digest"][:12], size)
+    console.print(table)
+
+
+def render_block(layers: list[dict[str, Any]], console: Console) -> None:
+    """Factors of one block."""
+    table = Table()
+    for name in ("linear", "shape", "live", "cond A", "cond G", "rank A", "rank G", "reads"):
+        table.add_column(name, justify="left" if name in ("linear", "reads") else "right")
+    for row in layers:
+        table.add_row(
+            row["linear"], "x".join(map(str, row["shape"])), "x".join(map(str, row["live"])),
+            f"{row['condition_A']:.1e}", f"{row['condition_G']:.1e}",
+            f"{row['effective_rank_A']:.0f}", f"{row['effective_rank_G']:.0f}", row["reads"],
+        )
+    console.print(table)

@@ -1,0 +1,151 @@
+"""What all flows of one command share: parameters, files, the opened model layout and how to execute."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import psutil
+import torch
+
+from flows.engine import Engine
+from flows.params import Params
+from flows.workspace import Workspace
+from surgeon.choices import Device
+from surgeon.errors import ParameterError
+from surgeon.memory import MemoryEstimate, blocks_that_fit
+from surgeon.models import Checkpoint, build_skeleton, discover, resolve_model
+from surgeon.store import Reference, Store
+from tasks.calibration import SequenceSpec, WindowSpec, require_length, require_separate, sequences_task, windows_task
+from tasks.context import Context, LinearShape, ModelSpec, ModelState
+
+MEMORY_SHARE = 0.6
+"""Part of the available memory a run takes when run.memory_gib is not given."""
+
+
+@dataclass
+class Session:
+    """One command's run. Everything is opened when first needed and then kept.
+
+    Attributes:
+        params: all parameters.
+        workspace: files.
+        engine: runs and counts tasks.
+        say: shows a line to the user (what takes time before any task runs).
+    """
+
+    params: Params
+    workspace: Workspace
+    engine: Engine
+    say: Callable[[str], None] = lambda _line: None
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The model as a local safetensors checkpoint, fetched or converted on first use."""
+        model = self.params.model
+        return resolve_model(
+            model.source,
+            self.workspace.models,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            progress=self.say,
+        )
+
+    @cached_property
+    def model(self) -> ModelSpec:
+        """Layout of the model, from its configuration; no weights are read."""
+        skeleton = build_skeleton(self.checkpoint, getattr(torch, self.params.model.dtype))
+        architecture = discover(skeleton)
+        blocks = []
+        for index in range(architecture.n_blocks):
+            shapes = []
+            for name in architecture.linear_names(index):
+                linear = architecture.linear(skeleton, index, name)
+                shapes.append(LinearShape(name, linear.out_features, linear.in_features, linear.bias is not None))
+            blocks.append(tuple(shapes))
+        config = skeleton.config.get_text_config()
+        return ModelSpec(
+            checkpoint=self.checkpoint,
+            dtype=self.params.model.dtype,
+            blocks_path=architecture.blocks_path,
+            blocks=tuple(blocks),
+            width=config.hidden_size,
+            n_vocabulary=config.vocab_size,
+            max_length=getattr(config, "max_position_embeddings", None),
+        )
+
+    @cached_property
+    def context(self) -> Context:
+        """Store, model and execution settings for tasks."""
+        run = self.params.run
+        if run.device is Device.CUDA and not torch.cuda.is_available():
+            raise ParameterError("run.device: cuda was asked for, but this torch sees no GPU; use cpu or auto")
+        device = Device.CUDA if run.device is Device.AUTO and torch.cuda.is_available() else run.device
+        Store(self.workspace.store)
+        return Context(
+            store=self.workspace.store,
+            model=self.model,
+            device=(Device.CPU if device is Device.AUTO else device).value,
+            batch_size=run.batch_size,
+            blocks_per_group=run.blocks_per_group or self._blocks_per_group(),
+        )
+
+    @property
+    def dense(self) -> ModelState:
+        """The state before anything is pruned."""
+        return ModelState(self.checkpoint.digest)
+
+    def sequence_spec(self, shot: int = 1) -> SequenceSpec:
+        """Calibration sequences of a shot: the same for all shots unless prune.fresh_calibration."""
+        calibrate = self.params.calibrate
+        return SequenceSpec(
+            text=calibrate.text.spec(),
+            n_sequences=calibrate.sequences,
+            length=calibrate.length,
+            order=calibrate.order,
+            seed=self.params.seed,
+            shot=shot if self.params.prune.fresh_calibration else 1,
+        )
+
+    def window_spec(self) -> WindowSpec:
+        """Evaluation windows."""
+        evaluate = self.params.evaluate
+        return WindowSpec(evaluate.text.spec(), evaluate.windows, evaluate.length)
+
+    def check(self) -> None:
+        """Finds bad input before any long work: model, texts, lengths, store, space.
+
+        Raises:
+            InputError: naming what is wrong and what to do.
+        """
+        _ = self.model
+        require_length(self.model, self.params.calibrate.length, "calibrate.length")
+        require_length(self.model, self.params.evaluate.length, "evaluate.length")
+        require_separate(self.sequence_spec().text, self.window_spec().text)
+        self.workspace.store.mkdir(parents=True, exist_ok=True)
+        _ = self.context
+
+    def calibration(self, shot: int = 1) -> Reference:
+        """Calibration sequences of a shot."""
+        spec = self.sequence_spec(shot)
+        return self.engine.task(sequences_task, self.context, spec, name="calibration/sequences")
+
+    @cached_property
+    def windows(self) -> Reference:
+        """Evaluation windows, kept apart from the calibration sequences."""
+        first = self.calibration()
+        return self.engine.task(windows_task, self.context, self.window_spec(), first, name="evaluation/windows")
+
+    def memory_estimate(self, blocks_per_group: int) -> MemoryEstimate:
+        """Expected peak memory of a curvature pass."""
+        return MemoryEstimate.of(
+            blocks=[[(s.n_out, s.n_in) for s in block] for block in self.model.blocks],
+            width=self.model.width,
+            n_vocabulary=self.model.n_vocabulary,
+            batch_tokens=self.params.run.batch_size * max(self.params.calibrate.length, self.params.evaluate.length),
+            dtype_bytes=self.model.torch_dtype.itemsize,
+            blocks_per_group=blocks_per_group,
+        )
+
+    def _blocks_per_group(self) -> int:
+        budget = self.params.run.memory_gib or MEMORY_SHARE * psutil.virtual_memory().available / 2**30
+        return blocks_that_fit(self.memory_estimate, self.model.n_blocks, budget)

@@ -1,0 +1,198 @@
+"""The stages of the pipeline as flows: model → calibrate → evaluate → prune → export → report, and `run` for all.
+
+Each stage writes `data/stages/<stage>.json`, which depends on its inputs alone, so that DVC sees a change only where
+there is one; how it went (seconds, tasks) goes to `data/timings/<stage>.json`.
+"""
+
+import resource
+from collections.abc import Callable
+from typing import Any
+
+from flows.card import model_card
+from flows.prune import Shot, prune
+from flows.results import build_results, provenance
+from flows.session import Session
+from flows.work import WorkPlan
+from flows.workspace import read_json, write_json
+from surgeon.errors import InputError
+from surgeon.store import Reference, Store, build_view
+from tasks.calibration import overlap
+from tasks.context import ModelState, StoredBlock
+from tasks.evaluation import evaluation_task, sample_task
+from tasks.export import export_task
+
+STAGES = ("model", "calibrate", "evaluate", "prune", "export", "report")
+
+
+def model(session: Session) -> None:
+    """Makes the model a local checkpoint and writes down what it is."""
+    spec = session.model
+    facts = {
+        "source": spec.checkpoint.source,
+        "revision": spec.checkpoint.revision,
+        "digest": spec.checkpoint.digest,
+        "dtype": spec.dtype,
+        "blocks": spec.n_blocks,
+        "linear_weights": spec.n_weights,
+    }
+    _finish(session, "model", {}, facts)
+
+
+def evaluate_other(session: Session) -> dict[str, Any]:
+    """Evaluates a model that is not the pipeline's own, without writing anything down but the cached result."""
+    return dict(session.engine.stage("evaluate", lambda: _dense_evaluation(session)).attributes)
+
+
+def calibrate(session: Session) -> None:
+    """Draws the calibration sequences and cuts the evaluation windows."""
+    calibration, windows = session.calibration(), session.windows
+    facts = {
+        "calibration": calibration.attributes,
+        "evaluation": windows.attributes,
+        "overlap": overlap(session.context, calibration, windows),
+    }
+    _finish(session, "calibrate", {"calibration/sequences": calibration, "evaluation/windows": windows}, facts)
+
+
+def evaluate(session: Session) -> None:
+    """Evaluates the dense model."""
+    dense = _dense_evaluation(session)
+    _finish(session, "evaluate", {"dense/evaluation": dense}, dict(dense.attributes))
+
+
+def prune_stage(session: Session) -> None:
+    """Runs all shots, then writes the manifest and the view."""
+    shots = prune(session)
+    references = {
+        "calibration/sequences": session.calibration(),
+        "evaluation/windows": session.windows,
+        "dense/evaluation": _dense_evaluation(session),
+    }
+    for shot in shots:
+        references |= shot.references
+    facts = {
+        "shots": [_shot_facts(shot) for shot in shots],
+        "pruned": {**shots[-1].evaluation.attributes, "sparsity": shots[-1].record["sparsity"]},
+        "weights_digest": shots[-1].state.digest,
+        "updates": [[block.key, block.digest] for block in shots[-1].state.updates],
+    }
+    write_json(session.workspace.manifest, {name: ref.to_json() for name, ref in sorted(references.items())})
+    build_view(Store(session.workspace.store), {n: r.key for n, r in references.items()}, session.workspace.view)
+    _finish(session, "prune", references, facts)
+
+
+def export(session: Session) -> None:
+    """Writes the pruned checkpoint and loads it back."""
+    pruned = _stage_facts(session, "prune")
+    card = model_card(session, _stage_facts(session, "evaluate"), pruned, _stage_facts(session, "calibrate"))
+    dtype = session.params.export.dtype or session.params.model.dtype
+    facts = session.engine.task(
+        export_task, session.context, pruned_state(session), session.workspace.export, str(dtype), card, name="export"
+    )
+    _finish(session, "export", {}, facts)
+
+
+def report(session: Session) -> None:
+    """Continues the prompt with both models and writes `data/metrics/run.json`."""
+    settings = session.params.report
+    samples = {
+        name: session.engine.task(
+            sample_task, session.context, state, settings.prompt, settings.new_tokens, name, name=f"{name}/sample"
+        ).attributes
+        for name, state in (("dense", session.dense), ("pruned", pruned_state(session)))
+    }
+    _finish(session, "report", {}, {"samples": samples})
+    write_results(session)
+
+
+_BODIES: dict[str, Callable[[Session], None]] = {
+    "model": model,
+    "calibrate": calibrate,
+    "evaluate": evaluate,
+    "prune": prune_stage,
+    "export": export,
+    "report": report,
+}
+
+
+def run_stage(session: Session, name: str) -> None:
+    """Runs one stage as a flow."""
+    session.engine.stage(name, lambda: _BODIES[name](session))
+    _write_timing(session, name)
+
+
+def run_all(session: Session) -> dict[str, Any]:
+    """Runs all stages as one flow with a sub-flow each; returns the results, as in `data/metrics/run.json`."""
+
+    def body() -> None:
+        for name in STAGES:
+            run_stage(session, name)
+            if name == "calibrate":
+                session.engine.observer.plan(WorkPlan.of(session))
+
+    session.engine.stage("run", body)
+    return write_results(session)
+
+
+def write_results(session: Session) -> dict[str, Any]:
+    """Puts the stages' facts and timings together into `data/metrics/run.json`."""
+    facts = {name: _stage_facts(session, name) for name in STAGES if name != "model"}
+    timings = {name: read_json(session.workspace.timing_file(name)) or {} for name in STAGES}
+    references = {
+        name: Reference.from_json(value) for name, value in (read_json(session.workspace.manifest) or {}).items()
+    }
+    results = build_results(Store(session.workspace.store), references, facts, timings, provenance(session))
+    write_json(session.workspace.metrics, results)
+    return results
+
+
+def pruned_state(session: Session) -> ModelState:
+    """The state after the last shot, from what the prune stage wrote down."""
+    updates = _stage_facts(session, "prune")["updates"]
+    return ModelState(session.checkpoint.digest, tuple(StoredBlock(key, digest) for key, digest in updates))
+
+
+def _dense_evaluation(session: Session) -> Reference:
+    reference: Reference = session.engine.task(
+        evaluation_task, session.context, session.dense, session.windows, "dense", name="dense/evaluation"
+    )
+    return reference
+
+
+def _shot_facts(shot: Shot) -> dict[str, Any]:
+    names = ("threshold", "n_removed", "predicted_cost", "sparsity")
+    return {
+        "shot": shot.number,
+        "target": shot.target,
+        **{name: shot.record[name] for name in names},
+        "perplexity": shot.evaluation.attributes["perplexity"],
+        "loss": shot.evaluation.attributes["loss"],
+    }
+
+
+def _stage_facts(session: Session, name: str) -> dict[str, Any]:
+    found = read_json(session.workspace.stage_file(name))
+    if found is None:
+        raise InputError(
+            f"{session.workspace.stage_file(name)} is missing: the stage {name!r} has not run here yet. "
+            f"Run `surgeon {name}` first, or `surgeon run` for everything."
+        )
+    facts: dict[str, Any] = found["facts"]
+    return facts
+
+
+def _finish(session: Session, name: str, references: dict[str, Reference], facts: dict[str, Any]) -> None:
+    value = {"references": {n: [r.key, r.digest] for n, r in sorted(references.items())}, "facts": facts}
+    write_json(session.workspace.stage_file(name), value)
+
+
+def _write_timing(session: Session, name: str) -> None:
+    tally = session.engine.tallies[name]
+    write_json(session.workspace.timing_file(name), {
+        "executed": tally.executed,
+        "cached": tally.cached,
+        "seconds": tally.seconds,
+        "elapsed_s": tally.elapsed_s,
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "engine": session.engine.name,
+    })

@@ -1,0 +1,79 @@
+"""Where a run keeps its files."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+STORE_VARIABLE = "SURGEON_STORE"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The files of a run, below one directory.
+
+    Attributes:
+        root: project directory; results go to ``root/data``.
+        store_option: store directory the user asked for; the variable `SURGEON_STORE` wins over it.
+    """
+
+    root: Path
+    store_option: str | None = None
+
+    @property
+    def data(self) -> Path:
+        """Everything runs produce."""
+        return self.root / "data"
+
+    @property
+    def store(self) -> Path:
+        """The content-addressed store: an absolute path, so that experiments elsewhere can share it."""
+        chosen = os.environ.get(STORE_VARIABLE) or self.store_option
+        return (self.root / chosen).resolve() if chosen else (self.data / "store").resolve()
+
+    @property
+    def models(self) -> Path:
+        """Converted and fetched checkpoints."""
+        return self.data / "models"
+
+    @property
+    def view(self) -> Path:
+        """The run's objects under readable names, browsable with Zarr."""
+        return self.data / "run.zarr"
+
+    @property
+    def manifest(self) -> Path:
+        """Readable names → references."""
+        return self.data / "manifest.json"
+
+    @property
+    def export(self) -> Path:
+        """The pruned checkpoint."""
+        return self.data / "export"
+
+    @property
+    def metrics(self) -> Path:
+        """The numbers of the run, for scripts and for DVC."""
+        return self.data / "metrics" / "run.json"
+
+    def stage_file(self, stage: str) -> Path:
+        """What a stage found: the same bytes whenever it is run again."""
+        return self.data / "stages" / f"{stage}.json"
+
+    def timing_file(self, stage: str) -> Path:
+        """How a stage went the last time: seconds, tasks executed and cached, memory."""
+        return self.data / "timings" / f"{stage}.json"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file in one step: it has the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file; None if it is not there."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

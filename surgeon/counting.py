@@ -1,0 +1,57 @@
+"""Counting parameters, zeros and bytes of a model, a block at a time."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from surgeon.passes.blockwise import BlockwiseModel
+
+
+@dataclass(frozen=True)
+class ModelCounts:
+    """How large a model is.
+
+    Attributes:
+        parameters: all parameters, tied ones once.
+        nonzero: those that are not exactly zero.
+        linear_weights: weights of all decoder linears, biases not counted: what sparsity is a fraction of.
+        linear_nonzero: those that are not exactly zero.
+        bytes: of all parameters as stored in the model's dtype.
+    """
+
+    parameters: int
+    nonzero: int
+    linear_weights: int
+    linear_nonzero: int
+    bytes: int
+
+
+def count_model(model: BlockwiseModel) -> ModelCounts:
+    """Counts a model, loading one block at a time."""
+    trunk = _tally(p for p in _unique(model.model.parameters()) if not p.is_meta)
+    parameters, nonzero, size = trunk
+    linear_weights = linear_nonzero = 0
+    for index in range(model.n_blocks):
+        with model.loaded(range(index, index + 1)):
+            counts = _tally(model.block(index).parameters())
+            parameters, nonzero, size = parameters + counts[0], nonzero + counts[1], size + counts[2]
+            for linear in model.linears(index).values():
+                linear_weights += linear.weight.numel()
+                linear_nonzero += int(torch.count_nonzero(linear.weight))
+    return ModelCounts(parameters, nonzero, linear_weights, linear_nonzero, size)
+
+
+def _unique(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(p): p for p in parameters}.values())
+
+
+def _tally(parameters: Iterable[Tensor]) -> tuple[int, int, int]:
+    """Number, number of non-zeros and bytes."""
+    tensors = list(parameters)
+    return (
+        sum(p.numel() for p in tensors),
+        sum(int(torch.count_nonzero(p)) for p in tensors),
+        sum(p.numel() * p.element_size() for p in tensors),
+    )

@@ -1,0 +1,66 @@
+"""Kronecker factors of the linears of one block.
+
+For a linear with weight `[n_out, n_in]`, input ``a_t`` and loss gradient ``g_t`` at its output for token t:
+
+- ``A = mean_t a aᵀ`` `[n_in, n_in]`, shared by all linears that read the same input (q/k/v; gate/up);
+- ``m = mean_t a`` `[n_in]`: the border of ``A`` when a bias makes the input `[a, 1]`;
+- ``G = mean_t g gᵀ`` `[n_out, n_out]`, with g the gradient of the *sum* of a sequence's token losses, so that
+  ``½ vec(Δ)ᵀ (G ⊗ A) vec(Δ)`` is in nats per token.
+
+Reference: Martens & Grosse 2015, section 3; van der Ouderaa et al. 2024 (LLM Surgeon), section 3.1.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LinearFactors:
+    """Factors of one linear.
+
+    Attributes:
+        activations: ``A``, `[n_in, n_in]` float32, symmetric.
+        mean_input: ``m``, `[n_in]` float32.
+        gradients: ``G``, `[n_out, n_out]` float32, symmetric.
+    """
+
+    activations: Tensor
+    mean_input: Tensor
+    gradients: Tensor
+
+    def augmented_activations(self) -> Tensor:
+        """``A`` of the input `[a, 1]` of a linear with a bias: `[n_in + 1, n_in + 1]`, the bias last."""
+        n_in = self.activations.shape[0]
+        result = torch.empty(n_in + 1, n_in + 1, dtype=self.activations.dtype, device=self.activations.device)
+        result[:n_in, :n_in] = self.activations
+        result[n_in, :n_in] = self.mean_input
+        result[:n_in, n_in] = self.mean_input
+        result[n_in, n_in] = 1.0
+        return result
+
+
+@dataclass(frozen=True)
+class BlockFactors:
+    """Factors of all linears of one block, with shared inputs held once.
+
+    Attributes:
+        activations: ``A`` by the first linear of each group of linears with a common input.
+        mean_inputs: ``m`` by the same names.
+        gradients: ``G`` by linear.
+        reads: for every linear, the name under which its input's ``A`` is found.
+        n_tokens: number of tokens behind the means.
+    """
+
+    activations: Mapping[str, Tensor]
+    mean_inputs: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]
+    reads: Mapping[str, str]
+    n_tokens: int
+
+    def linear(self, name: str) -> LinearFactors:
+        """The factors of one linear."""
+        source = self.reads[name]
+        return LinearFactors(self.activations[source], self.mean_inputs[source], self.gradients[name])

@@ -1,0 +1,53 @@
+"""The errors Surgeon raises on purpose.
+
+Every message says what failed, where, the value got, what is allowed and what to try. The command line turns
+`InputError` into exit status 2 and any other error into exit status 1.
+"""
+
+
+class SurgeonError(Exception):
+    """Base of all errors raised on purpose by this project."""
+
+
+class InputError(SurgeonError):
+    """Something the user gave cannot work; found before any long work where that is possible."""
+
+
+class ParameterError(InputError):
+    """A parameter is unknown, has the wrong type, is out of range, or has no effect in this combination."""
+
+
+class ModelError(InputError):
+    """A model cannot be found, read or understood (missing files, unknown blocks, wrong checksum)."""
+
+
+class TextError(InputError):
+    """A text cannot be read, is too short, or overlaps with the text it must be kept apart from."""
+
+
+class StoreError(InputError):
+    """A store cannot be used: another version, no space, not a store."""
+
+
+class CorruptObjectError(SurgeonError):
+    """A stored object does not hold what was committed (missing chunk, flipped bit, wrong shape)."""
+
+
+class EvictedError(SurgeonError):
+    """The payload of a stored object was dropped by the retention policy; only its reference remains."""
+
+
+class NondeterminismError(SurgeonError):
+    """The same key was computed twice with different results."""
+
+
+class NonFiniteError(SurgeonError):
+    """A NaN or an infinity appeared; the message names block, linear and sequence."""
+
+
+class NumericalError(SurgeonError):
+    """A factorisation failed although damping was escalated as far as allowed."""
+
+
+class ExportError(SurgeonError):
+    """An exported checkpoint does not load back to the same model."""

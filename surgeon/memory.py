@@ -1,0 +1,81 @@
+"""How much memory a curvature pass takes, and how many blocks fit at a time."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from surgeon.errors import ParameterError
+
+_GIB = 2**30
+_FLOAT32 = 4
+_HEAD_COPIES = 4
+"""Logits of a batch exist about this often in float32: as computed, log-softmax, and the gradients of both."""
+_ACTIVATION_COPIES = 3
+"""Inputs and outputs of a linear are saved for backward about this often (norms, activation functions, residuals)."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes a curvature pass needs at its peak, by what they are for."""
+
+    trunk: int
+    weights: int
+    factors: int
+    activations: int
+    head: int
+
+    @property
+    def total_gib(self) -> float:
+        """Sum of all parts, in GiB."""
+        return (self.trunk + self.weights + self.factors + self.activations + self.head) / _GIB
+
+    @classmethod
+    def of(
+        cls,
+        blocks: Sequence[Sequence[tuple[int, int]]],
+        width: int,
+        n_vocabulary: int,
+        batch_tokens: int,
+        dtype_bytes: int,
+        blocks_per_group: int,
+    ) -> "MemoryEstimate":
+        """Estimates from shapes.
+
+        Args:
+            blocks: for each block, `(n_out, n_in)` of its linears.
+            width: of the hidden states.
+            n_vocabulary: rows of embedding and head (counted once: an untied head is read when it is needed).
+            batch_tokens: tokens of a batch.
+            dtype_bytes: bytes of a weight.
+            blocks_per_group: blocks held at a time.
+        """
+        largest = sorted((_block_bytes(block, dtype_bytes, batch_tokens) for block in blocks), reverse=True)
+        held = largest[:blocks_per_group]
+        return cls(
+            trunk=2 * n_vocabulary * width * dtype_bytes,
+            weights=sum(block[0] for block in held),
+            factors=sum(block[1] for block in held),
+            activations=sum(block[2] for block in held),
+            head=_HEAD_COPIES * batch_tokens * n_vocabulary * _FLOAT32,
+        )
+
+
+def _block_bytes(block: Sequence[tuple[int, int]], dtype_bytes: int, batch_tokens: int) -> tuple[int, int, int]:
+    weights = sum(n_out * n_in for n_out, n_in in block) * dtype_bytes
+    factors = sum(n_out * n_out + n_in * n_in for n_out, n_in in block) * _FLOAT32
+    activations = _ACTIVATION_COPIES * batch_tokens * sum(n_out + n_in for n_out, n_in in block) * dtype_bytes
+    return weights, factors, activations
+
+
+def blocks_that_fit(estimate: Callable[[int], MemoryEstimate], n_blocks: int, budget_gib: float) -> int:
+    """The largest number of blocks per group whose estimate stays within a budget.
+
+    Raises:
+        ParameterError: if not even one block fits.
+    """
+    for blocks_per_group in range(n_blocks, 0, -1):
+        if estimate(blocks_per_group).total_gib <= budget_gib:
+            return blocks_per_group
+    raise ParameterError(
+        f"run.memory_gib: one block at a time needs about {estimate(1).total_gib:.1f} GiB and the budget is "
+        f"{budget_gib:.1f} GiB. Lower run.batch_size or calibrate.length, or give more memory."
+    )

@@ -1,0 +1,1 @@
+"""Passes through a causal language model one group of blocks at a time."""

@@ -1,0 +1,80 @@
+"""Perplexity by the standard protocol: non-overlapping windows, every prediction weighted the same.
+
+A window of ``length`` tokens gives ``length - 1`` predictions; perplexity is the exponential of the mean negative
+log-likelihood over all predictions of all windows. Perplexities of different window lengths do not compare, so the
+length is part of the result.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from surgeon.errors import NonFiniteError
+from surgeon.passes.blockwise import BlockwiseModel
+from surgeon.passes.curvature import FloatArray, Progress, TokenArray, forward_group, no_progress
+from surgeon.passes.groups import batches
+from surgeon.passes.loss import next_token_loss
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Result of an evaluation.
+
+    Attributes:
+        perplexity: exp of the mean loss.
+        loss: mean negative log-likelihood, nats per predicted token.
+        n_predictions: number of predicted tokens.
+        n_windows: number of windows.
+        length: tokens per window.
+    """
+
+    perplexity: float
+    loss: float
+    n_predictions: int
+    n_windows: int
+    length: int
+
+
+def evaluate_perplexity(
+    model: BlockwiseModel,
+    windows: TokenArray,
+    groups: list[range],
+    batch_size: int,
+    progress: Progress = no_progress,
+) -> Perplexity:
+    """Perplexity of a model on windows of tokens, holding one group of blocks at a time.
+
+    Args:
+        model: opened block-wise.
+        windows: `[n_windows, length]` token ids, length at least 2.
+        groups: blocks in consecutive groups, first to last.
+        batch_size: windows at a time.
+        progress: told after each batch of each group.
+
+    Raises:
+        NonFiniteError: if the loss of a window is not finite; names the window.
+    """
+    n_windows, length = windows.shape
+    parts = batches(n_windows, batch_size)
+    n_steps = len(parts) * len(groups)
+    boundary: FloatArray | None = None
+    for number, group in enumerate(groups[:-1]):
+        boundary = forward_group(model, windows, group, boundary, batch_size,
+                                 lambda done, _total, base=number * len(parts): progress(base + done, n_steps))
+    total = 0.0
+    with torch.no_grad(), model.loaded(groups[-1]):
+        for done, part in enumerate(parts, start=1):
+            input_ids = torch.from_numpy(windows[part])
+            embedded = model.embed(input_ids)
+            hidden = embedded.hidden if boundary is None else torch.from_numpy(boundary[part]).to(embedded.hidden)
+            for index in groups[-1]:
+                hidden = model.run_block(index, hidden, embedded.calls[index])
+            loss = float(next_token_loss(model.head(input_ids, hidden), input_ids))
+            if not math.isfinite(loss):
+                raise NonFiniteError(f"the loss of evaluation windows {part.start} to {part.stop - 1} is {loss}")
+            total += loss
+            progress(n_steps - len(parts) + done, n_steps)
+    n_predictions = n_windows * (length - 1)
+    mean = total / n_predictions
+    return Perplexity(math.exp(min(mean, 700.0)), mean, n_predictions, n_windows, length)

@@ -1,0 +1,50 @@
+"""Drops and restores the arrays of an object while its reference stays visible.
+
+A marker file says that the arrays are gone. It is there before the first array goes and until the last is back, so at
+any moment the object is either whole or evicted. Callers hold `Store.frozen`.
+"""
+
+from pathlib import Path
+
+from surgeon.store.files import remove_tree, sync, write_file
+from surgeon.store.root import EVICTED_FILE, GROUP_FILE
+
+
+def drop_payload(directory: Path, trash: Path) -> None:
+    """Marks an object as evicted and deletes its arrays; finishes an eviction that was interrupted.
+
+    Args:
+        directory: the object.
+        trash: a new directory on the same file system, where the arrays lie while they are deleted.
+    """
+    write_file(directory / EVICTED_FILE, "")
+    sync(directory)
+    _remove_arrays(directory, trash)
+
+
+def restore_payload(directory: Path, staging: Path, trash: Path) -> None:
+    """Moves the arrays and the record of an equal object into an evicted one, then unmarks it.
+
+    Args:
+        directory: the evicted object.
+        staging: the equal object, on disk in full.
+        trash: as for `drop_payload`, for leftovers of an eviction or a restoration that was interrupted.
+    """
+    _remove_arrays(directory, trash)
+    for item in sorted(staging.iterdir()):
+        if item.name != GROUP_FILE:
+            item.replace(directory / item.name)
+    sync(directory)
+    (directory / EVICTED_FILE).unlink()
+    sync(directory)
+
+
+def _remove_arrays(directory: Path, trash: Path) -> None:
+    folders = [item for item in sorted(directory.iterdir()) if item.is_dir()]
+    if not folders:
+        return
+    trash.mkdir(parents=True)
+    for folder in folders:
+        folder.rename(trash / folder.name)
+    sync(directory)
+    remove_tree(trash)

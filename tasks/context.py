@@ -1,0 +1,119 @@
+"""What every task needs to know: the store, the model and how to execute. Small, picklable, no tensors."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from surgeon.models import Checkpoint
+from surgeon.passes.groups import block_groups
+from surgeon.store import Reference
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """Name within its block and shape of one linear."""
+
+    name: str
+    n_out: int
+    n_in: int
+    has_bias: bool
+
+    @property
+    def n_weights(self) -> int:
+        """Weights, the bias not counted."""
+        return self.n_out * self.n_in
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A checkpoint and the layout of its blocks, known without opening its weights again.
+
+    Attributes:
+        checkpoint: local safetensors checkpoint.
+        dtype: of weights and passes: "float32", "bfloat16" or "float16".
+        blocks_path: dotted path of the list of blocks, for example "model.layers".
+        blocks: for each block, its linears in module order.
+        width: size of the hidden states.
+        n_vocabulary: number of tokens.
+        max_length: longest sequence the model's positions allow, or None.
+    """
+
+    checkpoint: Checkpoint
+    dtype: str
+    blocks_path: str
+    blocks: tuple[tuple[LinearShape, ...], ...]
+    width: int
+    n_vocabulary: int
+    max_length: int | None
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.blocks)
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of all decoder linears: what sparsity is a fraction of."""
+        return sum(linear.n_weights for block in self.blocks for linear in block)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch knows it."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where results go and how work is executed.
+
+    Attributes:
+        store: directory of the store.
+        model: the model.
+        device: "cpu" or "cuda".
+        batch_size: sequences at a time; it changes the last bits of results and so is part of their keys.
+        blocks_per_group: blocks held in memory at a time; does not change results.
+    """
+
+    store: Path
+    model: ModelSpec
+    device: str
+    batch_size: int
+    blocks_per_group: int
+
+    @property
+    def groups(self) -> list[range]:
+        """All blocks in groups, first to last."""
+        return block_groups(self.model.n_blocks, self.blocks_per_group)
+
+
+@dataclass(frozen=True)
+class StoredBlock:
+    """Where the pruned weights of one block are: key and content digest of an update object."""
+
+    key: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """A model on its way: the checkpoint, and for each block the update that replaces its linears (none: dense)."""
+
+    checkpoint_digest: str
+    updates: tuple[StoredBlock, ...] = ()
+
+    def after(self, updates: list[Reference]) -> "ModelState":
+        """The state in which every block has been updated."""
+        return ModelState(self.checkpoint_digest, tuple(StoredBlock(ref.key, ref.digest) for ref in updates))
+
+    @property
+    def digest(self) -> str:
+        """Digest of all weights of the model."""
+        parts = [self.checkpoint_digest, *(block.digest for block in self.updates)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def block_digest(self, index: int) -> str:
+        """Digest of what the weights of one block are made of."""
+        return self.updates[index].digest if self.updates else self.checkpoint_digest

@@ -1,0 +1,115 @@
+"""The one way a task makes a result: key → look up → compute → commit → small reference."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from surgeon.store import Reference, Store, stage_key
+from tasks.context import Context
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """What a task returns.
+
+    Attributes:
+        value: a reference, or several.
+        cached: whether everything was there already.
+        seconds: time spent computing and committing in this call; 0 if cached.
+    """
+
+    value: T
+    cached: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Product:
+    """A result before it is committed: arrays by name, and small facts that belong to its content."""
+
+    arrays: Mapping[str, Any] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A kind of result. Raise `version` when its numerics change: results of other versions are never reused.
+
+    Attributes:
+        kind: name, as in the store and in the timings.
+        version: of the numerics.
+        sources: modules the numbers depend on, as dotted names (a test watches them).
+    """
+
+    kind: str
+    version: int
+    sources: tuple[str, ...]
+
+    def key(self, context: Context, parameters: Mapping[str, Any], inputs: Mapping[str, str | Sequence[str]]) -> str:
+        """Key of the result made from these parameters and inputs (content digests) on this kind of device."""
+        return stage_key(self.kind, self.version, parameters, inputs, context.device, context.model.dtype)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One result asked for.
+
+    Attributes:
+        stage: kind and version.
+        parameters: only those the stage reads.
+        inputs: content digests of what it reads.
+        label: readable name, for example "shot-01/block-07/costs"; not part of the key.
+    """
+
+    stage: Stage
+    parameters: Mapping[str, Any]
+    inputs: Mapping[str, str | Sequence[str]]
+    label: str
+
+    def key(self, context: Context) -> str:
+        """The key under which the result is or will be stored."""
+        return self.stage.key(context, self.parameters, self.inputs)
+
+
+def produce(context: Context, request: Request, compute: Callable[[], Product]) -> Outcome[Reference]:
+    """Returns the stored result, or computes and commits it.
+
+    Two processes that want the same result do not both compute it: the second waits for the first.
+    """
+    store = Store(context.store)
+    key = request.key(context)
+    found = store.lookup(key)
+    if found is not None and store.has_payload(key):
+        return Outcome(found, cached=True, seconds=0.0)
+    with store.lock(key):
+        found = store.lookup(key)
+        if found is not None and store.has_payload(key):
+            return Outcome(found, cached=True, seconds=0.0)
+        start = time.perf_counter()
+        product = compute()
+        return commit(context, request, product, start)
+
+
+def commit(context: Context, request: Request, product: Product, start: float) -> Outcome[Reference]:
+    """Commits a computed result; ``start`` is the `time.perf_counter` value from before it was computed."""
+    reference = Store(context.store).commit(
+        request.key(context),
+        request.stage.kind,
+        product.arrays,
+        dict(product.attributes),
+        label=request.label,
+        parameters=dict(request.parameters),
+        seconds=time.perf_counter() - start,
+    )
+    return Outcome(reference, cached=False, seconds=time.perf_counter() - start)
+
+
+def read_arrays(context: Context, key: str) -> dict[str, "np.ndarray[Any, Any]"]:
+    """All arrays of a stored object, checked."""
+    stored = Store(context.store).open(key)
+    return {name: stored.array(name) for name in stored.names()}

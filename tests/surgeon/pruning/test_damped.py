@@ -1,0 +1,203 @@
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from surgeon.curvature.factors import LinearFactors
+from surgeon.errors import NumericalError
+from surgeon.pruning.damped import Damping, factorise, live_curvature, without_dead
+from surgeon.pruning.linear import PrunedLinear
+from tests.surgeon.pruning.dense import (
+    CASES,
+    COLUMN_WITHOUT_INPUT,
+    DAMPING,
+    N_IN,
+    ROW_WITHOUT_GRADIENT,
+    WHERE,
+    Case,
+    damped,
+    make_problem,
+    random,
+)
+
+
+def diagonal(*values: float) -> Tensor:
+    return torch.diag(torch.tensor(values, dtype=torch.float64))
+
+
+def plain_factors(n_out: int, n_in: int) -> LinearFactors:
+    return LinearFactors(torch.eye(n_in), torch.zeros(n_in), torch.eye(n_out))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_live_curvature_is_the_restriction_of_weight_and_factors(case: Case) -> None:
+    problem = make_problem(case)
+    live = live_curvature(problem.linear, problem.factors, DAMPING, WHERE)
+    assert live.linear.live_rows.nonzero()[:, 0].tolist() == problem.rows
+    assert live.linear.live_columns.nonzero()[:, 0].tolist() == problem.columns
+    assert (live.n_dead_rows, live.n_dead_columns) == (problem.n_dead_rows, problem.n_dead_columns)
+    assert live.n_live_columns == len(problem.columns)
+    assert torch.equal(live.weight, problem.w)
+    assert_close(live.activations.matrix, problem.a)
+    assert_close(live.gradients.matrix, problem.g)
+    assert_close(live.activations.damped, problem.a_damped)
+    assert_close(live.gradients.damped, problem.g_damped)
+    for factor in (live.activations, live.gradients):
+        assert_close(factor.cholesky @ factor.cholesky.T, factor.damped)
+        assert_close(factor.inverse_diagonal(), torch.linalg.inv(factor.damped).diagonal(), rtol=1e-9, atol=1e-12)
+        assert factor.escalations == 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_factors_in_float32_are_damped_in_float64(case: Case) -> None:
+    problem = make_problem(case)
+    f = problem.factors
+    single = LinearFactors(f.activations.float(), f.mean_input.float(), f.gradients.float())
+    live = live_curvature(problem.linear, single, DAMPING, WHERE)
+    expected = damped(single.gradients.double()[problem.rows][:, problem.rows], DAMPING.gradients)
+    assert live.gradients.damped.dtype is torch.float64
+    assert_close(live.gradients.damped, expected, rtol=1e-14, atol=1e-14)
+    assert live.activations.damped.dtype is torch.float64
+    assert_close(live.activations.damped, problem.a_damped, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_dead_structures_become_zero_and_the_rest_keeps_its_value(case: Case) -> None:
+    problem = make_problem(case)
+    cleaned = without_dead(problem.linear, problem.factors)
+    weight, bias = problem.place(problem.w)
+    assert torch.equal(cleaned.weight.double(), weight)
+    if bias is None:
+        assert cleaned.bias is None
+    else:
+        assert cleaned.bias is not None
+        assert torch.equal(cleaned.bias.double(), bias)
+    if case.dead:
+        assert problem.linear.weight[ROW_WITHOUT_GRADIENT].count_nonzero() > 0, "removed by lack of curvature alone"
+        assert problem.linear.weight[:, COLUMN_WITHOUT_INPUT].count_nonzero() > 0
+
+
+def test_a_zero_row_with_a_bias_lives_by_its_bias() -> None:
+    weight, bias = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]), torch.tensor([2.0, 0.0, 0.0])
+    cleaned = without_dead(PrunedLinear.dense(weight, bias), plain_factors(3, 2))
+    assert cleaned.live_rows.tolist() == [True, True, False]
+    assert cleaned.bias is not None
+    assert cleaned.bias.tolist() == [2.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("bias", [None, torch.zeros(2)], ids=["nobias", "zero bias"])
+def test_a_row_that_reads_dead_columns_only_is_dead(bias: Tensor | None) -> None:
+    weight = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    factors = LinearFactors(torch.diag(torch.tensor([0.0, 1.0])), torch.zeros(2), torch.eye(2))
+    cleaned = without_dead(PrunedLinear.dense(weight, bias), factors)
+    assert cleaned.live_rows.tolist() == [False, True]
+    assert cleaned.live_columns.tolist() == [False, True]
+
+
+def test_a_column_that_feeds_dead_rows_only_is_dead() -> None:
+    weight = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    factors = LinearFactors(torch.eye(2), torch.zeros(2), torch.diag(torch.tensor([0.0, 1.0])))
+    cleaned = without_dead(PrunedLinear.dense(weight, None), factors)
+    assert cleaned.live_rows.tolist() == [False, True]
+    assert cleaned.live_columns.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("how", ["no weight", "no gradient", "no input"])
+def test_an_entirely_dead_linear_has_nothing_left(how: str, biased: bool) -> None:
+    weight = torch.zeros(3, 4) if how == "no weight" else torch.ones(3, 4)
+    factors = LinearFactors(
+        torch.zeros(4, 4) if how == "no input" else torch.eye(4),
+        torch.zeros(4),
+        torch.zeros(3, 3) if how == "no gradient" else torch.eye(3),
+    )
+    linear = PrunedLinear.dense(weight, torch.zeros(3) if biased else None)
+    live = live_curvature(linear, factors, DAMPING, WHERE)
+    assert live.linear.n_live_weights == 0
+    assert not live.linear.live_rows.any()
+    assert not live.linear.live_columns.any()
+    assert (live.n_dead_rows, live.n_dead_columns) == (3, 4)
+    assert live.weight.shape == (0, int(biased))
+    assert live.n_live_columns == 0
+
+
+def test_damping_is_relative_to_the_mean_of_the_diagonal() -> None:
+    factor = factorise(diagonal(1.0, 2.0, 6.0), 0.1, WHERE)
+    assert_close(factor.damped, diagonal(1.3, 2.3, 6.3))
+    assert_close(factor.matrix, diagonal(1.0, 2.0, 6.0))
+    assert factor.damping == 0.1
+    assert_close(factorise(1000 * diagonal(1.0, 2.0, 6.0), 0.1, WHERE).damped, 1000 * factor.damped)
+
+
+def test_the_mean_of_the_diagonal_is_over_live_structures_and_the_bias() -> None:
+    weight = torch.tensor([[1.0, 0.0, 1.0]])
+    factors = LinearFactors(diagonal(3.0, 100.0, 5.0), torch.zeros(3, dtype=torch.float64), diagonal(2.0))
+    without = live_curvature(PrunedLinear.dense(weight, None), factors, Damping(1.0, 0.0), WHERE)
+    assert_close(without.activations.damped, diagonal(3.0 + 4, 5.0 + 4))
+    biased = live_curvature(PrunedLinear.dense(weight, torch.ones(1)), factors, Damping(1.0, 0.0), WHERE)
+    assert_close(biased.activations.damped, diagonal(3.0 + 3, 5.0 + 3, 1.0 + 3))
+
+
+def test_each_factor_has_its_own_damping() -> None:
+    problem = make_problem(Case(bias=True, removed=False, few_tokens=False, dead=False))
+    live = live_curvature(problem.linear, problem.factors, Damping(activations=0.5, gradients=0.25), WHERE)
+    assert_close(live.activations.damped, damped(problem.a, 0.5))
+    assert_close(live.gradients.damped, damped(problem.g, 0.25))
+    assert (live.activations.damping, live.gradients.damping) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "damping", "escalations", "used"),
+    [
+        (torch.ones(2, 2, dtype=torch.float64), 0.0, 1, 1e-5),
+        (diagonal(1.0, -1e-4), 0.0, 3, 1e-3),
+        (diagonal(1.0, -0.01), 0.004, 1, 0.04),
+        (diagonal(1.0, -0.1), 0.004, 2, 0.4),
+        (diagonal(1.0, 1.0), 0.0, 0, 0.0),
+    ],
+    ids=["singular", "indefinite", "damped too little", "damped far too little", "definite"],
+)
+def test_damping_is_escalated_until_the_factor_is_positive_definite(
+    matrix: Tensor, damping: float, escalations: int, used: float
+) -> None:
+    factor = factorise(matrix, damping, WHERE)
+    assert factor.escalations == escalations
+    assert factor.damping == pytest.approx(used, rel=1e-12)
+    assert_close(factor.damped, damped(matrix, used))
+    assert_close(factor.cholesky @ factor.cholesky.T, factor.damped)
+    assert torch.equal(factor.matrix, matrix), "the undamped factor stays what it was"
+
+
+@pytest.mark.parametrize(
+    ("damping", "message"),
+    [
+        (0.0, r"^block 0, fc1: the 2x2 factor .* even with damping 0\.001 \(asked: 0\)\. .*prune\.damping"),
+        (1e-4, r"even with damping 0\.1 \(asked: 0\.0001\)"),
+    ],
+)
+def test_after_three_escalations_the_message_says_what_was_tried(damping: float, message: str) -> None:
+    with pytest.raises(NumericalError, match=message):
+        factorise(diagonal(1.0, -0.5), damping, WHERE)
+
+
+@pytest.mark.parametrize("entry", [(1, 1), (1, 0)], ids=["diagonal", "off diagonal"])
+@pytest.mark.parametrize("side", ["gradients", "activations"])
+def test_nan_in_a_factor_is_never_taken_for_a_dead_structure(side: str, entry: tuple[int, int]) -> None:
+    factors = plain_factors(3, 3)
+    row, column = entry
+    getattr(factors, side)[row, column] = getattr(factors, side)[column, row] = torch.nan
+    with pytest.raises(NumericalError, match=f"^block 0, fc1, {side}: the 3x3 factor"):
+        live_curvature(PrunedLinear.dense(torch.ones(3, 3), None), factors, DAMPING, WHERE)
+
+
+def test_a_singular_factor_is_named_by_its_side_and_its_escalation_recorded() -> None:
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.ones(N_IN, dtype=torch.float64)
+    factors = LinearFactors(torch.outer(direction, direction), direction, torch.eye(4, dtype=torch.float64))
+    linear = PrunedLinear.dense(random(generator, 4, N_IN).float(), None)
+    live = live_curvature(linear, factors, Damping(0.0, 0.0), WHERE)
+    assert (live.activations.escalations, live.gradients.escalations) == (1, 0)
+    assert (live.activations.damping, live.gradients.damping) == (1e-5, 0.0)
+    indefinite = LinearFactors(torch.eye(N_IN), torch.zeros(N_IN), diagonal(1.0, 1.0, 1.0, -0.5))
+    with pytest.raises(NumericalError, match="^block 0, fc1, gradients: the 4x4 factor"):
+        live_curvature(linear, indefinite, Damping(0.0, 0.0), WHERE)
