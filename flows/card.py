@@ -22,16 +22,16 @@ library_name: transformers
 tags: [pruned, surgeon]
 ---
 
-# {_inline(session.checkpoint.source)}, {pruned['sparsity']:.1%} of its decoder weights removed
+# {_inline(session.checkpoint.source)}, {pruned["sparsity"]:.1%} of its decoder weights removed
 
-Pruned with Surgeon {origin['versions']['surgeon']} (method {params.method}, {params.structure}, curvature {params.curvature},
-cost {params.cost}, ranking {params.ranking}, update {params.update}, {params.shots} shots) without retraining.
+Pruned with Surgeon {origin["versions"]["surgeon"]} (method {params.method}, {params.structure},
+curvature {params.curvature}, cost {params.cost}, ranking {params.ranking}, update {params.update}, {params.shots} shots) without retraining.
 
 | | dense | pruned |
 |---|---|---|
-| perplexity ({evaluation['n_windows']} windows of {evaluation['length']} tokens) | {dense['perplexity']:.2f} | {pruned['perplexity']:.2f} |
-| non-zero parameters | {dense['nonzero']:,} | {pruned['nonzero']:,} |
-| non-zero weights of decoder linears | {dense['linear_nonzero']:,} | {pruned['linear_nonzero']:,} |
+| perplexity ({evaluation["n_windows"]} windows of {evaluation["length"]} tokens) | {dense["perplexity"]:.2f} | {pruned["perplexity"]:.2f} |
+| non-zero parameters | {dense["nonzero"]:,} | {pruned["nonzero"]:,} |
+| non-zero weights of decoder linears | {dense["linear_nonzero"]:,} | {pruned["linear_nonzero"]:,} |
 
 | shot | asked | removed | perplexity |
 |---|---|---|---|
@@ -41,10 +41,10 @@ The tensors keep their dense shapes: removed rows and columns are exactly zero. 
 is not faster than the dense one.
 
 - Base model: {_inline(session.checkpoint.source)}, revision {_inline(session.checkpoint.revision)}, digest `{session.checkpoint.digest}`.
-- Calibration: {calibration['n_sequences']} sequences of {calibration['length']} tokens of {_inline(calibration['source'])}
-  ({_inline(calibration['split'])}, {_inline(calibration['revision'])}), seed {origin['seed']}.
-- Evaluation: {_inline(evaluation['source'])} ({_inline(evaluation['split'])}, {_inline(evaluation['revision'])}).
-- Digest of the pruned weights: `{prune['weights_digest']}`.
+- Calibration: {calibration["n_sequences"]} sequences of {calibration["length"]} tokens of {_inline(calibration["source"])}
+  ({_inline(calibration["split"])}, {_inline(calibration["revision"])}), seed {origin["seed"]}.
+- Evaluation: {_inline(evaluation["source"])} ({_inline(evaluation["split"])}, {_inline(evaluation["revision"])}).
+- Digest of the pruned weights: `{prune["weights_digest"]}`.
 - Versions: {versions}.
 """
 

@@ -30,7 +30,9 @@ app = typer.Typer(
 
 Override = Annotated[
     list[str] | None,
-    typer.Option("-S", "--set", metavar="KEY=VALUE", help="Override a parameter, e.g. `-S prune.sparsity=0.3`. Repeat."),
+    typer.Option(
+        "-S", "--set", metavar="KEY=VALUE", help="Override a parameter, e.g. `-S prune.sparsity=0.3`. Repeat."
+    ),
 ]
 ParamsFile = Annotated[
     Path | None, typer.Option("-p", "--params", help="Parameter file; default: params.yaml of the project, if there.")
@@ -41,9 +43,12 @@ Root = Annotated[
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no table.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; nothing else goes there.")]
 EngineName = Annotated[
-    str | None, typer.Option("--engine", help="`prefect` or `inline` (no server); default: run.engine of the parameters.")
+    str | None,
+    typer.Option("--engine", help="`prefect` or `inline` (no server); default: run.engine of the parameters."),
 ]
-ModelArgument = Annotated[str | None, typer.Argument(help="Model directory, GGUF file or hub id; default: model.source.")]
+ModelArgument = Annotated[
+    str | None, typer.Argument(help="Model directory, GGUF file or hub id; default: model.source.")
+]
 
 
 @contextmanager
@@ -71,7 +76,10 @@ def _session(
 
 def _stage_command(name: str, doc: str) -> Callable[..., None]:
     def command(
-        override: Override = None, params: ParamsFile = None, project: Root = Path(), quiet: Quiet = False,
+        override: Override = None,
+        params: ParamsFile = None,
+        project: Root = Path(),
+        quiet: Quiet = False,
         engine: EngineName = None,
     ) -> None:
         from flows.stages import run_stage
@@ -86,8 +94,12 @@ def _stage_command(name: str, doc: str) -> Callable[..., None]:
 
 @app.command()
 def run(
-    override: Override = None, params: ParamsFile = None, project: Root = Path(), quiet: Quiet = False,
-    as_json: AsJson = False, engine: EngineName = None,
+    override: Override = None,
+    params: ParamsFile = None,
+    project: Root = Path(),
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    engine: EngineName = None,
 ) -> None:
     """Do the whole job: model, calibration, dense evaluation, shots, export, report.
 
@@ -116,8 +128,13 @@ for _name, _doc in {
 
 @app.command()
 def evaluate(
-    model: ModelArgument = None, override: Override = None, params: ParamsFile = None, project: Root = Path(),
-    quiet: Quiet = False, as_json: AsJson = False, engine: EngineName = None,
+    model: ModelArgument = None,
+    override: Override = None,
+    params: ParamsFile = None,
+    project: Root = Path(),
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    engine: EngineName = None,
 ) -> None:
     """Evaluate a model: perplexity, parameters, zeros, bytes.
 
@@ -143,8 +160,12 @@ def evaluate(
 
 @app.command()
 def report(
-    override: Override = None, params: ParamsFile = None, project: Root = Path(), quiet: Quiet = False,
-    as_json: AsJson = False, engine: EngineName = None,
+    override: Override = None,
+    params: ParamsFile = None,
+    project: Root = Path(),
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    engine: EngineName = None,
 ) -> None:
     """Sample both models and put all results together in data/metrics/run.json; show the table."""
     from flows.render import render_results
@@ -165,7 +186,10 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     model: Annotated[str, typer.Option("--model", help="`dense`, `pruned` (the last run's), or a model.")] = "pruned",
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="New tokens at most.")] = 40,
-    override: Override = None, params: ParamsFile = None, project: Root = Path(), as_json: AsJson = False,
+    override: Override = None,
+    params: ParamsFile = None,
+    project: Root = Path(),
+    as_json: AsJson = False,
 ) -> None:
     """Continue a prompt greedily with the dense model, the pruned one or any other."""
     from flows.stages import pruned_state
@@ -199,9 +223,16 @@ def status(
 @app.command()
 def inspect(
     block: Annotated[int | None, typer.Option("--block", min=0, help="Look into the factors of this block.")] = None,
-    shot: Annotated[int | None, typer.Option("--shot", min=1, help="Of this shot; default: the last with factors.")] = None,
-    store: Annotated[bool, typer.Option("--store", help="List everything in the store, not only the last run.")] = False,
-    override: Override = None, params: ParamsFile = None, project: Root = Path(), as_json: AsJson = False,
+    shot: Annotated[
+        int | None, typer.Option("--shot", min=1, help="Of this shot; default: the last with factors.")
+    ] = None,
+    store: Annotated[
+        bool, typer.Option("--store", help="List everything in the store, not only the last run.")
+    ] = False,
+    override: Override = None,
+    params: ParamsFile = None,
+    project: Root = Path(),
+    as_json: AsJson = False,
 ) -> None:
     """List what the last run stored: objects, shapes, digests; with --block also condition numbers of its factors."""
     from flows.inspection import inspect_block, list_objects
@@ -233,7 +264,9 @@ def main() -> None:
         sys.exit(130)
     except Exception:
         traceback.print_exc()
-        print("surgeon: this is a bug; what was finished is in the store, and a rerun goes on from there", file=sys.stderr)
+        print(
+            "surgeon: this is a bug; what was finished is in the store, and a rerun goes on from there", file=sys.stderr
+        )
         sys.exit(1)
 
 

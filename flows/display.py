@@ -39,7 +39,10 @@ class Display(TaskObserver):
         set_reporter(self)
         if not self._quiet and sys.stderr.isatty():
             columns = (
-                TextColumn("{task.description:<46}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+                TextColumn("{task.description:<46}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeElapsedColumn(),
                 TextColumn("{task.fields[left]}"),
             )
             self._bar = Progress(*columns, console=self._console, transient=True)

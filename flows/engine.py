@@ -97,8 +97,8 @@ class InlineEngine(Engine):
 
     name = "inline"
 
-    def _run_stage(self, name: str, body: Callable[[], T]) -> T:
+    def _run_stage(self, name: str, body: Callable[[], T]) -> T:  # noqa: ARG002
         return body()
 
-    def _run_task(self, body: Callable[..., Outcome[T]], args: tuple[Any, ...], name: str) -> Outcome[T]:
+    def _run_task(self, body: Callable[..., Outcome[T]], args: tuple[Any, ...], name: str) -> Outcome[T]:  # noqa: ARG002
         return body(*args)

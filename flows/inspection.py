@@ -60,16 +60,18 @@ def inspect_block(workspace: Workspace, block: int, shot: int | None) -> list[di
         )
         at_row, at_column = at_row + n_out, at_column + n_in
         a, g = spectra[f"{source}/A"], spectra[f"{linear}/G"]
-        rows.append({
-            "linear": linear,
-            "shape": [n_out, n_in],
-            "live": list(live),
-            "condition_A": _condition(a),
-            "condition_G": _condition(g),
-            "effective_rank_A": _effective_rank(a),
-            "effective_rank_G": _effective_rank(g),
-            "reads": source,
-        })
+        rows.append(
+            {
+                "linear": linear,
+                "shape": [n_out, n_in],
+                "live": list(live),
+                "condition_A": _condition(a),
+                "condition_G": _condition(g),
+                "effective_rank_A": _effective_rank(a),
+                "effective_rank_G": _effective_rank(g),
+                "reads": source,
+            }
+        )
     return rows
 
 

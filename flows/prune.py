@@ -98,9 +98,7 @@ class ShotRun:
         target: sparsity asked for after it.
     """
 
-    def __init__(
-        self, session: Session, state: ModelState, calibration: Reference, number: int, target: float
-    ) -> None:
+    def __init__(self, session: Session, state: ModelState, calibration: Reference, number: int, target: float) -> None:
         pruning = session.params.prune
         self.session = session
         self.context: Context = session.context
@@ -122,8 +120,9 @@ class ShotRun:
         else:
             references, record = self._run_tasks()
         state = self.state.after([references[f"{self.label}/block-{b:02d}/update"] for b in self.blocks])
-        evaluation = self._task(evaluation_task, self.context, state, self.session.windows, self.label,
-                                name=f"{self.label}/evaluation")
+        evaluation = self._task(
+            evaluation_task, self.context, state, self.session.windows, self.label, name=f"{self.label}/evaluation"
+        )
         references[f"{self.label}/evaluation"] = evaluation
         return Shot(self.number, self.rule.target, state, references, record, evaluation)
 
@@ -183,15 +182,34 @@ class ShotRun:
         pruning = self.session.params.prune
         self._factors(self._missing([self._cost_request(b, factors[b]) for b in self.blocks]))
         costs = [
-            self._task(cost_task, self.context, self.state, b, factors[b], self.damping, pruning.cost, self.label,
-                       name=f"{self.label}/block-{b:02d}/costs")
+            self._task(
+                cost_task,
+                self.context,
+                self.state,
+                b,
+                factors[b],
+                self.damping,
+                pruning.cost,
+                self.label,
+                name=f"{self.label}/block-{b:02d}/costs",
+            )
             for b in self.blocks
         ]
         mask = self._task(mask_task, self.context, costs, self.rule, self.label, name=f"{self.label}/mask")
         self._factors(self._missing([self._update_request(b, factors[b], mask) for b in self.blocks]))
         updates = [
-            self._task(update_task, self.context, self.state, b, factors[b], mask, self.damping, pruning.update,
-                       self.label, name=f"{self.label}/block-{b:02d}/update")
+            self._task(
+                update_task,
+                self.context,
+                self.state,
+                b,
+                factors[b],
+                mask,
+                self.damping,
+                pruning.update,
+                self.label,
+                name=f"{self.label}/block-{b:02d}/update",
+            )
             for b in self.blocks
         ]
         names = {f"{self.label}/mask": mask, **self._passed_on()}
@@ -251,8 +269,15 @@ class ShotRun:
             self._boundary(groups[groups.index(group) - 1])
         if group.stop < len(self.blocks) and not self._has(GRADIENT, group.stop):
             self._curvature(groups[groups.index(group) + 1])
-        self._task(curvature_task, self.context, self.state, self.calibration, group, self.label,
-                   name=f"{self.label}/block-{group.start:02d}/curvature")
+        self._task(
+            curvature_task,
+            self.context,
+            self.state,
+            self.calibration,
+            group,
+            self.label,
+            name=f"{self.label}/block-{group.start:02d}/curvature",
+        )
 
     def _boundary(self, group: range) -> None:
         """Makes the hidden states that leave a group, from those that enter it."""
@@ -261,8 +286,15 @@ class ShotRun:
         if group.start:
             groups = self.context.groups
             self._boundary(groups[groups.index(group) - 1])
-        self._task(boundary_task, self.context, self.state, self.calibration, group, self.label,
-                   name=f"{self.label}/block-{group.stop:02d}/boundary")
+        self._task(
+            boundary_task,
+            self.context,
+            self.state,
+            self.calibration,
+            group,
+            self.label,
+            name=f"{self.label}/block-{group.stop:02d}/boundary",
+        )
 
     def _has(self, stage: Stage, block: int) -> bool:
         request = pass_request(self.context, stage, self.state, self.calibration, block, "")

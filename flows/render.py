@@ -21,7 +21,9 @@ def render_results(results: dict[str, Any], console: Console) -> None:
     console.print(_seconds_line(results), highlight=False)
     for name in ("dense", "pruned"):
         sample = results["samples"][name]
-        console.print(f"{name}: {sample['prompt']}→{sample['continuation']}", highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            f"{name}: {sample['prompt']}→{sample['continuation']}", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def _shot_table(shots: list[dict[str, Any]]) -> Table:
@@ -31,8 +33,9 @@ def _shot_table(shots: list[dict[str, Any]]) -> Table:
         table.add_column(name, justify="right")
     for shot in shots:
         seconds = [f"{shot['seconds'].get(kind, 0.0):.1f}" for kind in kinds]
-        table.add_row(str(shot["shot"]), f"{shot['target']:.2%}", f"{shot['sparsity']:.3%}",
-                      f"{shot['perplexity']:.2f}", *seconds)
+        table.add_row(
+            str(shot["shot"]), f"{shot['target']:.2%}", f"{shot['sparsity']:.3%}", f"{shot['perplexity']:.2f}", *seconds
+        )
     return table
 
 
@@ -85,8 +88,13 @@ def render_block(layers: list[dict[str, Any]], console: Console) -> None:
         table.add_column(name, justify="left" if name in ("linear", "reads") else "right")
     for row in layers:
         table.add_row(
-            row["linear"], "x".join(map(str, row["shape"])), "x".join(map(str, row["live"])),
-            f"{row['condition_A']:.1e}", f"{row['condition_G']:.1e}",
-            f"{row['effective_rank_A']:.0f}", f"{row['effective_rank_G']:.0f}", row["reads"],
+            row["linear"],
+            "x".join(map(str, row["shape"])),
+            "x".join(map(str, row["live"])),
+            f"{row['condition_A']:.1e}",
+            f"{row['condition_G']:.1e}",
+            f"{row['effective_rank_A']:.0f}",
+            f"{row['effective_rank_G']:.0f}",
+            row["reads"],
         )
     console.print(table)

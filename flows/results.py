@@ -25,8 +25,11 @@ def provenance(session: Session) -> dict[str, Any]:
         "seed": session.params.seed,
         "device": session.context.device,
         "batch_size": session.context.batch_size,
-        "versions": {"surgeon": __version__, "python": platform.python_version(),
-                     **{name: version(name) for name in _PACKAGES}},
+        "versions": {
+            "surgeon": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in _PACKAGES},
+        },
     }
 
 
@@ -71,6 +74,9 @@ def build_results(
             "cached": sum(t.get("cached", 0) for t in timings.values()),
         },
         "weights_digest": facts["prune"]["weights_digest"],
-        "provenance": {**origin, "calibration": facts["calibrate"]["calibration"],
-                       "evaluation": facts["calibrate"]["evaluation"]},
+        "provenance": {
+            **origin,
+            "calibration": facts["calibrate"]["calibration"],
+            "evaluation": facts["calibrate"]["evaluation"],
+        },
     }

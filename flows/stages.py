@@ -188,11 +188,14 @@ def _finish(session: Session, name: str, references: dict[str, Reference], facts
 
 def _write_timing(session: Session, name: str) -> None:
     tally = session.engine.tallies[name]
-    write_json(session.workspace.timing_file(name), {
-        "executed": tally.executed,
-        "cached": tally.cached,
-        "seconds": tally.seconds,
-        "elapsed_s": tally.elapsed_s,
-        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "engine": session.engine.name,
-    })
+    write_json(
+        session.workspace.timing_file(name),
+        {
+            "executed": tally.executed,
+            "cached": tally.cached,
+            "seconds": tally.seconds,
+            "elapsed_s": tally.elapsed_s,
+            "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "engine": session.engine.name,
+        },
+    )

@@ -5,9 +5,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def continue_prompt(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, n_tokens: int
-) -> str:
+def continue_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, n_tokens: int) -> str:
     """Continues a prompt greedily, so the same model always gives the same text.
 
     Args:
@@ -20,10 +18,10 @@ def continue_prompt(
         The new text, without the prompt.
     """
     encoded: Any = tokenizer(prompt, return_tensors="pt").to(model.device)
-    ending = tokenizer.eos_token_id
-    config = GenerationConfig(
+    ending: Any = tokenizer.eos_token_id
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=n_tokens, do_sample=False, use_cache=True, eos_token_id=ending, pad_token_id=ending or 0
     )
-    output: Any = model.generate(encoded["input_ids"], attention_mask=encoded["attention_mask"], generation_config=config)
-    text: str = tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text
+    generate: Any = model.generate
+    output = generate(encoded["input_ids"], attention_mask=encoded["attention_mask"], generation_config=config)
+    return str(tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -75,8 +75,13 @@ def require_separate(calibration: TextSpec, evaluation: TextSpec) -> None:
 
 def sequences_request(context: Context, spec: SequenceSpec) -> Request:
     """The request for calibration sequences; reads the text and the tokenizer for their digests."""
-    parameters = {"n_sequences": spec.n_sequences, "length": spec.length, "order": spec.order,
-                  "seed": spec.seed, "shot": spec.shot}
+    parameters = {
+        "n_sequences": spec.n_sequences,
+        "length": spec.length,
+        "order": spec.order,
+        "seed": spec.seed,
+        "shot": spec.shot,
+    }
     return Request(SEQUENCES, parameters, _open(context, spec.text)[2], "calibration/sequences")
 
 
@@ -102,9 +107,7 @@ def sequences_task(context: Context, spec: SequenceSpec) -> Outcome[Reference]:
     return produce(context, sequences_request(context, spec), compute)
 
 
-def windows_task(
-    context: Context, spec: WindowSpec, calibration: Reference
-) -> Outcome[Reference]:
+def windows_task(context: Context, spec: WindowSpec, calibration: Reference) -> Outcome[Reference]:
     """Evaluation windows `[n_windows, length]` int64; refused if they repeat the calibration sequences."""
     require_length(context.model, spec.length, "evaluate.length")
     text, tokenizer, inputs = _open(context, spec.text)
@@ -133,5 +136,10 @@ def _open(context: Context, spec: TextSpec) -> tuple[Text, PreTrainedTokenizerBa
 
 
 def _origin(text: Text, inputs: dict[str, str]) -> dict[str, Any]:
-    return {"source": text.source, "split": text.split, "revision": text.revision,
-            "text_digest": inputs["text"], "tokenizer_digest": inputs["tokenizer"]}
+    return {
+        "source": text.source,
+        "split": text.split,
+        "revision": text.revision,
+        "text_digest": inputs["text"],
+        "tokenizer_digest": inputs["tokenizer"],
+    }

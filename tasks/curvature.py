@@ -89,9 +89,7 @@ def curvature_task(
         return Outcome(references, cached=False, seconds=time.perf_counter() - start)
 
 
-def _entering(
-    context: Context, stage: Stage, state: ModelState, calibration: Reference, block: int
-) -> FloatArray:
+def _entering(context: Context, stage: Stage, state: ModelState, calibration: Reference, block: int) -> FloatArray:
     key = pass_request(context, stage, state, calibration, block, "").key(context)
     hidden: FloatArray = read_arrays(context, key)["hidden"]
     return hidden

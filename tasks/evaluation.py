@@ -15,7 +15,9 @@ from tasks.stage import Outcome, Product, Request, Stage, produce, read_arrays
 from tasks.weights import open_model
 
 EVALUATION = Stage(
-    "evaluation", 1, ("surgeon.passes.blockwise", "surgeon.passes.evaluation", "surgeon.passes.loss", "surgeon.counting")
+    "evaluation",
+    1,
+    ("surgeon.passes.blockwise", "surgeon.passes.evaluation", "surgeon.passes.loss", "surgeon.counting"),
 )
 SAMPLE = Stage("sample", 1, ("surgeon.generation",))
 
@@ -35,18 +37,21 @@ def evaluation_task(context: Context, state: ModelState, windows: Reference, lab
         progress = partial(report, f"{label}: evaluation")
         result = evaluate_perplexity(model, tokens, context.groups, context.batch_size, progress)
         counts = count_model(model)
-        return Product({}, {
-            "perplexity": result.perplexity,
-            "loss": result.loss,
-            "n_predictions": result.n_predictions,
-            "n_windows": result.n_windows,
-            "length": result.length,
-            "parameters": counts.parameters,
-            "nonzero": counts.nonzero,
-            "linear_weights": counts.linear_weights,
-            "linear_nonzero": counts.linear_nonzero,
-            "bytes": counts.bytes,
-        })
+        return Product(
+            {},
+            {
+                "perplexity": result.perplexity,
+                "loss": result.loss,
+                "n_predictions": result.n_predictions,
+                "n_windows": result.n_windows,
+                "length": result.length,
+                "parameters": counts.parameters,
+                "nonzero": counts.nonzero,
+                "linear_weights": counts.linear_weights,
+                "linear_nonzero": counts.linear_nonzero,
+                "bytes": counts.bytes,
+            },
+        )
 
     return produce(context, evaluation_request(context, state, windows, label), compute)
 

@@ -40,14 +40,10 @@ def export_task(
         for shape in shapes
         for part in (("weight", "bias") if shape.has_bias else ("weight",))
     }
-    plan = ExportPlan(
-        context.model.checkpoint, replaced, partial(block_tensors, context, state), dtype, card, record
-    )
+    plan = ExportPlan(context.model.checkpoint, replaced, partial(block_tensors, context, state), dtype, card, record)
     export_checkpoint(plan, destination)
     _check(context, state, destination)
-    return Outcome(
-        {"weights_digest": state.digest, "dtype": dtype}, cached=False, seconds=time.perf_counter() - start
-    )
+    return Outcome({"weights_digest": state.digest, "dtype": dtype}, cached=False, seconds=time.perf_counter() - start)
 
 
 def _check(context: Context, state: ModelState, destination: Path) -> None:

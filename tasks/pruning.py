@@ -3,23 +3,28 @@
 Vectors over the rows (columns) of several linears are stored one after the other, in module order.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from surgeon.choices import Cost, Ranking, Structure, UpdateRule
 from surgeon.curvature.factors import BlockFactors
 from surgeon.pruning.allocation import Candidates, allocate
 from surgeon.pruning.costs import structure_costs
 from surgeon.pruning.damped import Damping, live_curvature
-from surgeon.pruning.update import update_linear
+from surgeon.pruning.linear import PrunedLinear
+from surgeon.pruning.update import UpdateResult, update_linear
 from surgeon.store import Reference, Store, digest_arrays
 from tasks.context import Context, LinearShape, ModelState
 from tasks.progress import report
 from tasks.stage import Outcome, Product, Request, Stage, produce, read_arrays
 from tasks.weights import read_linears
 
+Array = NDArray[Any]
 _DAMPED = ("surgeon.pruning.damped", "surgeon.pruning.linear")
 COSTS = Stage("costs", 1, (*_DAMPED, "surgeon.pruning.costs"))
 MASK = Stage("mask", 1, ("surgeon.pruning.allocation",))
@@ -35,10 +40,10 @@ class MaskRule:
     ranking: Ranking
 
 
-def read_factors(context: Context, reference: Reference) -> BlockFactors:
-    """Factors of one block from the store, symmetric float32."""
+def read_factors(context: Context, reference: Reference, linears: Collection[str]) -> BlockFactors:
+    """Factors of some linears of one block from the store, symmetric float32."""
     stored = Store(context.store).open(reference.key)
-    reads: dict[str, str] = dict(stored.attributes["reads"])
+    reads = {name: source for name, source in stored.attributes["reads"].items() if name in linears}
     sources = dict.fromkeys(reads.values())
     on = context.device
     return BlockFactors(
@@ -68,9 +73,11 @@ def cost_task(
     """Costs of all rows and columns of the linears of one block."""
 
     def compute() -> Product:
-        block_factors = read_factors(context, factors)
         linears = read_linears(context, state, block)
-        parts: dict[str, list[torch.Tensor]] = {n: [] for n in ("row_costs", "column_costs", "live_rows", "live_columns")}
+        block_factors = read_factors(context, factors, linears)
+        parts: dict[str, list[torch.Tensor]] = {
+            n: [] for n in ("row_costs", "column_costs", "live_rows", "live_columns")
+        }
         facts = {}
         for name, linear in linears.items():
             where = f"block {block}, {name}"
@@ -113,10 +120,16 @@ def mask_task(context: Context, costs: list[Reference], rule: MaskRule, label: s
         blocks: list[str] = []
         for shapes in context.model.blocks:
             mine = [next(masks) for _ in shapes]
-            blocks.append(digest_arrays({"rows": np.concatenate([m[0] for m in mine]),
-                                         "columns": np.concatenate([m[1] for m in mine])}, {}))
+            blocks.append(
+                digest_arrays(
+                    {"rows": np.concatenate([m[0] for m in mine]), "columns": np.concatenate([m[1] for m in mine])}, {}
+                )
+            )
         return Product(
-            {"live_rows": np.concatenate(allocation.live_rows), "live_columns": np.concatenate(allocation.live_columns)},
+            {
+                "live_rows": np.concatenate(allocation.live_rows),
+                "live_columns": np.concatenate(allocation.live_columns),
+            },
             {
                 "sparsity": allocation.sparsity,
                 "threshold": allocation.threshold,
@@ -142,40 +155,59 @@ def update_request(
 
 
 def update_task(
-    context: Context, state: ModelState, block: int, factors: Reference, mask: Reference, damping: Damping,
-    rule: UpdateRule, label: str,
+    context: Context,
+    state: ModelState,
+    block: int,
+    factors: Reference,
+    mask: Reference,
+    damping: Damping,
+    rule: UpdateRule,
+    label: str,
 ) -> Outcome[Reference]:
     """Weights, biases and live sets of the linears of one block after the shot."""
 
     def compute() -> Product:
-        block_factors = read_factors(context, factors)
         live = _block_masks(context, block, read_arrays(context, mask.key))
-        arrays: dict[str, np.ndarray] = {}  # type: ignore[type-arg]
-        facts = {}
-        rows, columns = [], []
-        for name, linear in read_linears(context, state, block).items():
+        linears = read_linears(context, state, block)
+        changed = [name for name, linear in linears.items() if not _keeps_all(linear, *live[name])]
+        block_factors = read_factors(context, factors, changed)
+        results = {}
+        for name, linear in linears.items():
             where = f"block {block}, {name}"
-            curvature = live_curvature(linear, block_factors.linear(name), damping, where)
-            result = update_linear(curvature, *live[name], rule, where)
-            arrays[f"{name}/weight"] = result.linear.weight.cpu().numpy()
-            if result.linear.bias is not None:
-                arrays[f"{name}/bias"] = result.linear.bias.cpu().numpy()
-            rows.append(result.linear.live_rows)
-            columns.append(result.linear.live_columns)
-            facts[name] = {
-                "sparsity": 1.0 - result.linear.n_live_weights / result.linear.n_weights,
-                "predicted_cost": result.predicted_cost,
-                "relative_change": result.relative_change,
-            }
-        arrays["live_rows"] = torch.cat(rows).cpu().numpy()
-        arrays["live_columns"] = torch.cat(columns).cpu().numpy()
-        return Product(arrays, {"linears": facts})
+            if name in changed:
+                curvature = live_curvature(linear, block_factors.linear(name), damping, where)
+                results[name] = update_linear(curvature, *live[name], rule, where)
+            else:
+                results[name] = UpdateResult(linear, predicted_cost=0.0, relative_change=0.0)
+        return _update_product(results)
 
     report(f"{label}: update", block, context.model.n_blocks)
     return produce(context, update_request(state, block, factors, mask, damping, rule, label), compute)
 
 
-def _candidates(block: int, shapes: tuple[LinearShape, ...], arrays: dict[str, np.ndarray]) -> list[Candidates]:  # type: ignore[type-arg]
+def _keeps_all(linear: PrunedLinear, live_rows: torch.Tensor, live_columns: torch.Tensor) -> bool:
+    return bool((linear.live_rows == live_rows).all() and (linear.live_columns == live_columns).all())
+
+
+def _update_product(results: dict[str, UpdateResult]) -> Product:
+    arrays: dict[str, Array] = {}
+    facts = {}
+    for name, result in results.items():
+        linear = result.linear
+        arrays[f"{name}/weight"] = linear.weight.cpu().numpy()
+        if linear.bias is not None:
+            arrays[f"{name}/bias"] = linear.bias.cpu().numpy()
+        facts[name] = {
+            "sparsity": 1.0 - linear.n_live_weights / linear.n_weights,
+            "predicted_cost": result.predicted_cost,
+            "relative_change": result.relative_change,
+        }
+    arrays["live_rows"] = torch.cat([r.linear.live_rows for r in results.values()]).cpu().numpy()
+    arrays["live_columns"] = torch.cat([r.linear.live_columns for r in results.values()]).cpu().numpy()
+    return Product(arrays, {"linears": facts})
+
+
+def _candidates(block: int, shapes: tuple[LinearShape, ...], arrays: dict[str, Array]) -> list[Candidates]:
     rows = np.cumsum([s.n_out for s in shapes])[:-1]
     columns = np.cumsum([s.n_in for s in shapes])[:-1]
     return [
@@ -191,9 +223,7 @@ def _candidates(block: int, shapes: tuple[LinearShape, ...], arrays: dict[str, n
     ]
 
 
-def _block_masks(
-    context: Context, block: int, mask: dict[str, np.ndarray]  # type: ignore[type-arg]
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def _block_masks(context: Context, block: int, mask: dict[str, Array]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Live rows and columns of the linears of one block, cut out of the mask of all blocks."""
     before = [shape for shapes in context.model.blocks[:block] for shape in shapes]
     row, column = sum(s.n_out for s in before), sum(s.n_in for s in before)

@@ -39,14 +39,18 @@ def read_linears(context: Context, state: ModelState, block: int) -> dict[str, P
     shapes = context.model.blocks[block]
     prefix = f"{context.model.blocks_path}.{block}"
     if not state.updates:
-        names = [f"{prefix}.{s.name}.weight" for s in shapes] + [f"{prefix}.{s.name}.bias" for s in shapes if s.has_bias]
+        names = [f"{prefix}.{s.name}.weight" for s in shapes] + [
+            f"{prefix}.{s.name}.bias" for s in shapes if s.has_bias
+        ]
         tensors = WeightFiles(context.model.checkpoint).read(names, torch.float32)
-        return {s.name: PrunedLinear.dense(tensors[f"{prefix}.{s.name}.weight"], tensors.get(f"{prefix}.{s.name}.bias"))
-                for s in shapes}
+        return {
+            s.name: PrunedLinear.dense(tensors[f"{prefix}.{s.name}.weight"], tensors.get(f"{prefix}.{s.name}.bias"))
+            for s in shapes
+        }
     parts = block_tensors(context, state, block)
     stored = Store(context.store).open(state.updates[block].key)
-    live_rows = torch.from_numpy(stored.array("live_rows")).split([s.n_out for s in shapes])
-    live_columns = torch.from_numpy(stored.array("live_columns")).split([s.n_in for s in shapes])
+    live_rows = torch.split(torch.from_numpy(stored.array("live_rows")), [s.n_out for s in shapes])
+    live_columns = torch.split(torch.from_numpy(stored.array("live_columns")), [s.n_in for s in shapes])
     return {
         s.name: PrunedLinear(parts[f"{prefix}.{s.name}.weight"], parts.get(f"{prefix}.{s.name}.bias"), rows, columns)
         for s, rows, columns in zip(shapes, live_rows, live_columns, strict=True)

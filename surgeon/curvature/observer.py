@@ -29,8 +29,9 @@ class BlockObserver:
         self._linears = linears
         self._reads = {name: group[0] for group in shared for name in group}
         self._activations = {group[0]: self._zeros(linears[group[0]], "in") for group in shared}
-        self._sums = {name: torch.zeros(square.shape[0], device=square.device) for name, square in
-                      self._activations.items()}
+        self._sums = {
+            name: torch.zeros(square.shape[0], device=square.device) for name, square in self._activations.items()
+        }
         self._gradients = {name: self._zeros(linear, "out") for name, linear in linears.items()}
         self._n_tokens = 0
         self._first_sequence = 0
@@ -65,7 +66,7 @@ class BlockObserver:
             add_gram(self._activations[name], flat)
             self._sums[name] += flat.sum(dim=0, dtype=torch.float32)
             self._require_finite(self._activations[name], x, name, "input activation")
-        output.register_hook(partial(self._on_gradient, name))
+        output.register_hook(partial(self._on_gradient, name))  # type: ignore[no-untyped-call]
 
     def _on_gradient(self, name: str, gradient: Tensor) -> None:
         add_gram(self._gradients[name], gradient.reshape(-1, gradient.shape[-1]))

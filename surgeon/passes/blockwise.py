@@ -11,7 +11,7 @@ So no model code is copied, and new families and releases keep working.
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -112,8 +112,9 @@ class BlockwiseModel:
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """The linears of one block by their name within it."""
-        return {name: self.architecture.linear(self.model, index, name)
-                for name in self.architecture.linear_names(index)}
+        return {
+            name: self.architecture.linear(self.model, index, name) for name in self.architecture.linear_names(index)
+        }
 
     @contextmanager
     def loaded(self, blocks: range) -> Iterator[None]:
@@ -152,11 +153,8 @@ class BlockwiseModel:
                 raise _StopForward
             return self._as_returned(hidden)
 
-        with torch.no_grad(), self._stand_ins(note):
-            try:
-                self.model(input_ids.to(self.device), use_cache=False)
-            except _StopForward:
-                pass
+        with torch.no_grad(), self._stand_ins(note), suppress(_StopForward):
+            self.model(input_ids.to(self.device), use_cache=False)
         return Embedded(found[0], calls)
 
     def run_block(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
@@ -195,11 +193,8 @@ class BlockwiseModel:
             raise _StopForward
 
         with torch.no_grad():
-            with self._stand_ins(catch):
-                try:
-                    self.model(torch.zeros(1, length, dtype=torch.long, device=self.device), use_cache=False)
-                except _StopForward:
-                    pass
+            with self._stand_ins(catch), suppress(_StopForward):
+                self.model(torch.zeros(1, length, dtype=torch.long, device=self.device), use_cache=False)
             args, kwargs = calls[0]
 
             def run() -> None:
@@ -223,7 +218,7 @@ class BlockwiseModel:
         """Puts a function in the place of every block's forward: it gets the block's index, then the arguments."""
         blocks = [self.block(index) for index in range(self.n_blocks)]
         for index, block in enumerate(blocks):
-            block.forward = partial(forward, index)  # type: ignore[method-assign]
+            block.forward = partial(forward, index)
         try:
             yield
         finally:

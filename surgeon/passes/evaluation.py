@@ -59,12 +59,18 @@ def evaluate_perplexity(
     parts = batches(n_windows, batch_size)
     n_steps = len(parts) * len(groups)
     boundary: FloatArray | None = None
-    for number, group in enumerate(groups[:-1]):
-        boundary = forward_group(model, windows, group, boundary, batch_size,
-                                 lambda done, _total, base=number * len(parts): progress(base + done, n_steps))
+    n_done = 0
+
+    def one_more(_done: int, _total: int) -> None:
+        nonlocal n_done
+        n_done += 1
+        progress(n_done, n_steps)
+
+    for group in groups[:-1]:
+        boundary = forward_group(model, windows, group, boundary, batch_size, one_more)
     total = 0.0
     with torch.no_grad(), model.loaded(groups[-1]):
-        for done, part in enumerate(parts, start=1):
+        for part in parts:
             input_ids = torch.from_numpy(windows[part])
             embedded = model.embed(input_ids)
             hidden = embedded.hidden if boundary is None else torch.from_numpy(boundary[part]).to(embedded.hidden)
@@ -74,7 +80,7 @@ def evaluate_perplexity(
             if not math.isfinite(loss):
                 raise NonFiniteError(f"the loss of evaluation windows {part.start} to {part.stop - 1} is {loss}")
             total += loss
-            progress(n_steps - len(parts) + done, n_steps)
+            one_more(0, 0)
     n_predictions = n_windows * (length - 1)
     mean = total / n_predictions
     return Perplexity(math.exp(min(mean, 700.0)), mean, n_predictions, n_windows, length)

@@ -20,6 +20,9 @@ from surgeon.errors import NonFiniteError
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 
+_ROUNDING_WEIGHTS = 1e-6
+"""A target missed by less than this is met: rounding must not cost a structure."""
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -95,8 +98,8 @@ def allocate(linears: Sequence[Candidates], target: float, structure: Structure,
     n_total = sum(c.n_weights for c in linears)
     n_live = sum(int(c.live_rows.sum()) * int(c.live_columns.sum()) for c in linears)
     freed = _weights_freed(linears, ranked)
-    to_free = n_live - (1.0 - target) * n_total
-    n_taken = 0 if to_free <= 0 else int(np.searchsorted(np.cumsum(freed), to_free - 1e-6)) + 1
+    to_free = n_live - (1.0 - target) * n_total - _ROUNDING_WEIGHTS
+    n_taken = 0 if to_free <= 0 else int(np.searchsorted(np.cumsum(freed), to_free)) + 1
     n_taken = min(n_taken, ranked.key.size)
     live_rows = tuple(c.live_rows.copy() for c in linears)
     live_columns = tuple(c.live_columns.copy() for c in linears)
@@ -117,31 +120,42 @@ def allocate(linears: Sequence[Candidates], target: float, structure: Structure,
 
 
 def _rank(linears: Sequence[Candidates], structure: Structure, ranking: Ranking) -> _Ranked:
-    parts: list[tuple[int, bool, NDArray[np.int64], FloatArray, FloatArray]] = []
+    nothing = np.empty(0)
+    parts = [_Ranked(nothing.astype(np.int64), nothing.astype(np.bool_), nothing.astype(np.int64), nothing, nothing)]
     for i, c in enumerate(linears):
         n_rows, n_columns = int(c.live_rows.sum()), int(c.live_columns.sum())
-        sides = (
-            (False, Structure.COLUMNS, c.row_costs, c.live_rows, n_columns),
-            (True, Structure.ROWS, c.column_costs, c.live_columns, n_rows),
-        )
-        for is_column, other, costs, live, n_freed in sides:
-            index = np.flatnonzero(live)
-            if structure is other or n_freed == 0 or index.size == 0:
-                continue
-            cost = costs[index]
-            if not np.isfinite(cost).all():
-                bad = index[~np.isfinite(cost)][0]
-                raise NonFiniteError(f"{c.name}: the cost of {'column' if is_column else 'row'} {bad} is not finite")
-            parts.append((i, is_column, index, cost / (n_freed if ranking is Ranking.COST_PER_WEIGHT else 1), cost))
-    sizes = [part[2].size for part in parts]
-    linear = np.repeat(np.array([part[0] for part in parts], dtype=np.int64), sizes)
-    is_column = np.repeat(np.array([part[1] for part in parts], dtype=bool), sizes)
-    index, key, cost = (
-        np.concatenate([part[k] for part in parts]) if parts else np.empty(0, dtype)
-        for k, dtype in ((2, np.int64), (3, np.float64), (4, np.float64))
+        if structure is not Structure.COLUMNS and n_columns:
+            parts.append(_side(i, c.name, False, c.row_costs, c.live_rows, n_columns, ranking))
+        if structure is not Structure.ROWS and n_rows:
+            parts.append(_side(i, c.name, True, c.column_costs, c.live_columns, n_rows, ranking))
+    everything = _Ranked(
+        np.concatenate([part.linear for part in parts]),
+        np.concatenate([part.is_column for part in parts]),
+        np.concatenate([part.index for part in parts]),
+        np.concatenate([part.key for part in parts]),
+        np.concatenate([part.cost for part in parts]),
     )
-    order = np.argsort(key, kind="stable")
-    return _Ranked(linear[order], is_column[order], index[order], key[order], cost[order])
+    order = np.argsort(everything.key, kind="stable")
+    return _Ranked(
+        everything.linear[order],
+        everything.is_column[order],
+        everything.index[order],
+        everything.key[order],
+        everything.cost[order],
+    )
+
+
+def _side(
+    linear: int, name: str, is_column: bool, costs: FloatArray, live: BoolArray, n_freed: int, ranking: Ranking
+) -> _Ranked:
+    """Live rows (or columns) of one linear, by index; each frees ``n_freed`` weights while all others live."""
+    index = np.flatnonzero(live)
+    cost = costs[index]
+    if not np.isfinite(cost).all():
+        bad = index[~np.isfinite(cost)][0]
+        raise NonFiniteError(f"{name}: the cost of {'column' if is_column else 'row'} {bad} is not finite")
+    key = cost / n_freed if ranking is Ranking.COST_PER_WEIGHT else cost
+    return _Ranked(np.full(index.size, linear), np.full(index.size, is_column), index, key, cost)
 
 
 def _weights_freed(linears: Sequence[Candidates], ranked: _Ranked) -> NDArray[np.int64]:
@@ -150,7 +164,7 @@ def _weights_freed(linears: Sequence[Candidates], ranked: _Ranked) -> NDArray[np
     for i, c in enumerate(linears):
         mine = np.flatnonzero(ranked.linear == i)
         columns = ranked.is_column[mine]
-        columns_gone = np.cumsum(columns) - columns
-        rows_gone = np.cumsum(~columns) - ~columns
+        columns_gone: NDArray[np.int64] = np.cumsum(columns) - columns
+        rows_gone: NDArray[np.int64] = np.cumsum(~columns) - ~columns
         freed[mine] = np.where(columns, int(c.live_rows.sum()) - rows_gone, int(c.live_columns.sum()) - columns_gone)
     return freed

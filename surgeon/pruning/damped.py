@@ -20,6 +20,7 @@ from surgeon.pruning.linear import PrunedLinear
 
 MAX_ESCALATIONS = 3
 ESCALATION = 10.0
+_LEAF = 192
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,36 @@ class Factorised:
     escalations: int
 
     def inverse_diagonal(self) -> Tensor:
-        """``diag(M̂⁻¹)`` `[n]`."""
-        return torch.cholesky_inverse(self.cholesky).diagonal()
+        """``diag(M̂⁻¹)`` `[n]`: with ``M̂ = L Lᵀ``, the squared norms of the columns of ``L⁻¹``."""
+        return triangular_inverse(self.cholesky).square_().sum(dim=0)
+
+
+def triangular_inverse(lower: Tensor) -> Tensor:
+    """Inverse of a lower triangular matrix by halves: ``2/3 n³`` multiply-adds' worth of large matrix products.
+
+    (LAPACK's inverse from a Cholesky factor does as many, at a third of the speed: measured.)
+
+    Args:
+        lower: `[n, n]`, non-zero diagonal.
+    """
+    n = lower.shape[0]
+    if n <= _LEAF:
+        unit = torch.eye(n, dtype=lower.dtype, device=lower.device)
+        leaf: Tensor = torch.linalg.solve_triangular(lower, unit, upper=False)
+        return leaf
+    half = n // 2
+    inverse: Tensor = torch.zeros_like(lower)
+    inverse[:half, :half] = triangular_inverse(lower[:half, :half])
+    inverse[half:, half:] = triangular_inverse(lower[half:, half:])
+    inverse[half:, :half] = -(inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half]))
+    return inverse
+
+
+def select(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Part of a matrix: rows and columns given as `[n]` bool; the matrix itself, not a copy, where all are wanted."""
+    if not rows.all():
+        matrix = matrix[rows]
+    return matrix if columns.all() else matrix[:, columns]
 
 
 def factorise(matrix: Tensor, damping: float, where: str) -> Factorised:
@@ -132,15 +161,15 @@ def live_curvature(linear: PrunedLinear, factors: LinearFactors, damping: Dampin
     """
     cleaned = without_dead(linear, factors)
     rows, columns = cleaned.live_rows, cleaned.live_columns
-    activations = factors.activations
+    activations, gradients = factors.activations, factors.gradients
     if cleaned.bias is not None:
         activations = factors.augmented_activations()
         columns = torch.cat([columns, torch.ones(1, dtype=torch.bool, device=columns.device)])
     return LiveCurvature(
         linear=cleaned,
-        weight=cleaned.augmented(torch.float64)[rows][:, columns],
-        activations=factorise(activations[columns][:, columns].double(), damping.activations, f"{where}, activations"),
-        gradients=factorise(factors.gradients[rows][:, rows].double(), damping.gradients, f"{where}, gradients"),
+        weight=select(cleaned.augmented(torch.float64), rows, columns),
+        activations=factorise(select(activations, columns, columns).double(), damping.activations, f"{where}, inputs"),
+        gradients=factorise(select(gradients, rows, rows).double(), damping.gradients, f"{where}, outputs"),
         n_dead_rows=int(linear.live_rows.sum() - cleaned.live_rows.sum()),
         n_dead_columns=int(linear.live_columns.sum() - cleaned.live_columns.sum()),
     )

@@ -27,8 +27,9 @@ class PrunedLinear:
         """A linear of which nothing is removed yet."""
         n_out, n_in = weight.shape
         on = weight.device
-        return cls(weight, bias, torch.ones(n_out, dtype=torch.bool, device=on),
-                   torch.ones(n_in, dtype=torch.bool, device=on))
+        return cls(
+            weight, bias, torch.ones(n_out, dtype=torch.bool, device=on), torch.ones(n_in, dtype=torch.bool, device=on)
+        )
 
     @property
     def n_weights(self) -> int:

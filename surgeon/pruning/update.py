@@ -96,24 +96,41 @@ def update_linear(
 
 
 def _eliminate(factor: Factorised, keep: Tensor, where: str) -> _Elimination:
+    """Solves for the spread, the cheaper way.
+
+    Few removed: from columns of the inverse, ``M̂_KK⁻¹ M̂_KQ = -[M̂⁻¹]_KQ ([M̂⁻¹]_QQ)⁻¹``, with the Cholesky factor that is
+    there already. Many: from a factorisation of the kept part.
+    """
     kept, removed = keep.nonzero()[:, 0], (~keep).nonzero()[:, 0]
     m = factor.damped
+    n, k, q = keep.numel(), kept.numel(), removed.numel()
+    if q == 0 or k == 0:
+        return _Elimination(kept, removed, m.new_zeros(k, q), m[removed][:, removed])
+    if 2 * n * n * q + k * q * q < k**3 / 3 + 2 * k * k * q:
+        unit = m.new_zeros(n, q)
+        unit[removed, torch.arange(q, device=m.device)] = 1.0
+        inverse = torch.cholesky_solve(unit, factor.cholesky)
+        block = _cholesky(inverse[removed], factor, where)
+        schur = torch.cholesky_inverse(block)
+        return _Elimination(kept, removed, -torch.cholesky_solve(inverse[kept].T, block).T, schur)
     cross = m[kept][:, removed]
-    if removed.numel() == 0 or kept.numel() == 0:
-        return _Elimination(kept, removed, torch.zeros_like(cross), m[removed][:, removed])
-    cholesky, info = torch.linalg.cholesky_ex(m[kept][:, kept])
-    if int(info) != 0:
-        raise NumericalError(
-            f"{where}: the kept {kept.numel()}x{kept.numel()} part of the factor is not positive definite with damping "
-            f"{factor.damping:g}; raise prune.damping"
-        )
-    spread = torch.cholesky_solve(cross, cholesky)
+    spread = torch.cholesky_solve(cross, _cholesky(m[kept][:, kept], factor, where))
     return _Elimination(kept, removed, spread, m[removed][:, removed] - cross.T @ spread)
 
 
-def _exact(
-    weight: Tensor, rows: _Elimination, columns: _Elimination, curvature: LiveCurvature
-) -> tuple[Tensor, float]:
+def _cholesky(matrix: Tensor, factor: Factorised, where: str) -> Tensor:
+    """Factorises a part of a damped factor (or of its inverse), which rounding can make indefinite."""
+    cholesky, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) != 0:
+        raise NumericalError(
+            f"{where}: a {matrix.shape[0]}x{matrix.shape[0]} part of the factor is not positive definite with damping "
+            f"{factor.damping:g}; raise prune.damping"
+        )
+    result: Tensor = cholesky
+    return result
+
+
+def _exact(weight: Tensor, rows: _Elimination, columns: _Elimination, curvature: LiveCurvature) -> tuple[Tensor, float]:
     updated = weight.clone()
     gone = weight[:, columns.removed]
     predicted = 0.5 * ((curvature.gradients.damped @ gone) * (gone @ columns.schur)).sum()

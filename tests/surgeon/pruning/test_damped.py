@@ -5,7 +5,15 @@ from torch.testing import assert_close
 
 from surgeon.curvature.factors import LinearFactors
 from surgeon.errors import NumericalError
-from surgeon.pruning.damped import Damping, factorise, live_curvature, without_dead
+from surgeon.pruning import damped as damped_module
+from surgeon.pruning.damped import (
+    Damping,
+    factorise,
+    live_curvature,
+    select,
+    triangular_inverse,
+    without_dead,
+)
 from surgeon.pruning.linear import PrunedLinear
 from tests.surgeon.pruning.dense import (
     CASES,
@@ -121,6 +129,43 @@ def test_an_entirely_dead_linear_has_nothing_left(how: str, biased: bool) -> Non
     assert live.n_live_columns == 0
 
 
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 5, 8, 13])
+def test_a_triangular_inverse_by_halves(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(damped_module, "_LEAF", 2)
+    lower = random(torch.Generator().manual_seed(n), n, n).tril(-1) + 2 * torch.eye(n, dtype=torch.float64)
+    inverse = triangular_inverse(lower)
+    assert_close(inverse, torch.linalg.inv(lower), rtol=1e-10, atol=1e-10)
+    assert not inverse.triu(1).any()
+
+
+@pytest.mark.parametrize("n", [damped_module._LEAF, damped_module._LEAF + 1, 2 * damped_module._LEAF + 7])
+def test_diagonal_of_the_inverse_of_a_wide_factor(n: int) -> None:
+    x = random(torch.Generator().manual_seed(n), n // 2, n)
+    factor = factorise(x.T @ x / len(x), 0.01, WHERE)
+    assert_close(factor.inverse_diagonal(), torch.linalg.inv(factor.damped).diagonal(), rtol=1e-9, atol=0)
+
+
+def test_select_takes_rows_and_columns_of_a_matrix() -> None:
+    matrix = torch.arange(12.0).reshape(3, 4)
+    rows, columns = torch.tensor([True, False, True]), torch.tensor([False, True, True, False])
+    every_row, every_column = torch.ones(3, dtype=torch.bool), torch.ones(4, dtype=torch.bool)
+    assert select(matrix, rows, columns).tolist() == [[1, 2], [9, 10]]
+    assert select(matrix, rows, every_column).tolist() == [[0, 1, 2, 3], [8, 9, 10, 11]]
+    assert select(matrix, every_row, columns).tolist() == [[1, 2], [5, 6], [9, 10]]
+    assert torch.equal(select(matrix, every_row, every_column), matrix)
+    assert select(matrix, ~every_row, columns).shape == (0, 2)
+
+
+def test_the_factors_of_a_linear_without_dead_structures_are_not_changed() -> None:
+    """Where everything lives nothing is copied, so damping must not write to the factors."""
+    problem = make_problem(Case(bias=False, removed=False, few_tokens=False, dead=False))
+    f = problem.factors
+    before = f.activations.clone(), f.gradients.clone(), problem.linear.weight.clone()
+    live_curvature(problem.linear, f, DAMPING, WHERE)
+    after = f.activations, f.gradients, problem.linear.weight
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
 def test_damping_is_relative_to_the_mean_of_the_diagonal() -> None:
     factor = factorise(diagonal(1.0, 2.0, 6.0), 0.1, WHERE)
     assert_close(factor.damped, diagonal(1.3, 2.3, 6.3))
@@ -181,12 +226,12 @@ def test_after_three_escalations_the_message_says_what_was_tried(damping: float,
 
 
 @pytest.mark.parametrize("entry", [(1, 1), (1, 0)], ids=["diagonal", "off diagonal"])
-@pytest.mark.parametrize("side", ["gradients", "activations"])
-def test_nan_in_a_factor_is_never_taken_for_a_dead_structure(side: str, entry: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("side", "label"), [("gradients", "outputs"), ("activations", "inputs")])
+def test_nan_in_a_factor_is_never_taken_for_a_dead_structure(side: str, label: str, entry: tuple[int, int]) -> None:
     factors = plain_factors(3, 3)
     row, column = entry
     getattr(factors, side)[row, column] = getattr(factors, side)[column, row] = torch.nan
-    with pytest.raises(NumericalError, match=f"^block 0, fc1, {side}: the 3x3 factor"):
+    with pytest.raises(NumericalError, match=f"^block 0, fc1, {label}: the 3x3 factor"):
         live_curvature(PrunedLinear.dense(torch.ones(3, 3), None), factors, DAMPING, WHERE)
 
 
@@ -197,7 +242,8 @@ def test_a_singular_factor_is_named_by_its_side_and_its_escalation_recorded() ->
     linear = PrunedLinear.dense(random(generator, 4, N_IN).float(), None)
     live = live_curvature(linear, factors, Damping(0.0, 0.0), WHERE)
     assert (live.activations.escalations, live.gradients.escalations) == (1, 0)
-    assert (live.activations.damping, live.gradients.damping) == (1e-5, 0.0)
+    assert live.activations.damping == pytest.approx(1e-5, rel=1e-12)
+    assert live.gradients.damping == 0.0
     indefinite = LinearFactors(torch.eye(N_IN), torch.zeros(N_IN), diagonal(1.0, 1.0, 1.0, -0.5))
-    with pytest.raises(NumericalError, match="^block 0, fc1, gradients: the 4x4 factor"):
+    with pytest.raises(NumericalError, match=r"^block 0, fc1, outputs: the 4x4 factor"):
         live_curvature(linear, indefinite, Damping(0.0, 0.0), WHERE)
