@@ -1,0 +1,1 @@
+"""Measurements: each script prints the table that the documents show, with the command that made it."""
