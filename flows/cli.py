@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from surgeon.errors import InputError, SurgeonError
 
@@ -105,7 +104,7 @@ def run(
 
     Ends with a table, data/metrics/run.json and a checkpoint in data/export that transformers loads.
     """
-    from flows.render import render_results
+    from flows.render import console, render_results
     from flows.stages import run_all
 
     with _session(project, params, override, quiet or as_json, engine) as session:
@@ -114,7 +113,7 @@ def run(
     if as_json:
         print(json.dumps(results, indent=2))
     elif not quiet:
-        render_results(results, Console())
+        render_results(results, console())
 
 
 for _name, _doc in {
@@ -140,7 +139,7 @@ def evaluate(
 
     Without MODEL: the dense model, as the stage of the pipeline. With MODEL: any checkpoint, for example data/export.
     """
-    from flows.render import render_evaluation
+    from flows.render import console, render_evaluation
     from flows.stages import evaluate_other, run_stage
     from flows.workspace import read_json
 
@@ -155,7 +154,7 @@ def evaluate(
     if as_json:
         print(json.dumps(facts, indent=2))
     elif not quiet:
-        render_evaluation(facts, Console())
+        render_evaluation(facts, console())
 
 
 @app.command()
@@ -168,7 +167,7 @@ def report(
     engine: EngineName = None,
 ) -> None:
     """Sample both models and put all results together in data/metrics/run.json; show the table."""
-    from flows.render import render_results
+    from flows.render import console, render_results
     from flows.stages import run_stage, write_results
 
     with _session(project, params, override, quiet or as_json, engine) as session:
@@ -178,7 +177,7 @@ def report(
     if as_json:
         print(json.dumps(results, indent=2))
     elif not quiet:
-        render_results(results, Console())
+        render_results(results, console())
 
 
 @app.command()
@@ -209,7 +208,7 @@ def status(
     override: Override = None, params: ParamsFile = None, project: Root = Path(), as_json: AsJson = False
 ) -> None:
     """Show what is in the store for these parameters, and what a run would still do. Computes nothing."""
-    from flows.render import render_status
+    from flows.render import console, render_status
     from flows.status import status_of
 
     with _session(project, params, override, True, "inline") as session:
@@ -217,7 +216,7 @@ def status(
     if as_json:
         print(json.dumps(lines, indent=2))
     else:
-        render_status(lines, Console())
+        render_status(lines, console())
 
 
 @app.command()
@@ -236,7 +235,7 @@ def inspect(
 ) -> None:
     """List what the last run stored: objects, shapes, digests; with --block also condition numbers of its factors."""
     from flows.inspection import inspect_block, list_objects
-    from flows.render import render_block, render_objects
+    from flows.render import console, render_block, render_objects
 
     with _session(project, params, override, True, "inline") as session:
         rows = list_objects(session.workspace, whole_store=store) if block is None else None
@@ -244,9 +243,9 @@ def inspect(
     if as_json:
         print(json.dumps(rows if rows is not None else layers, indent=2))
     elif rows is not None:
-        render_objects(rows, Console())
+        render_objects(rows, console())
     elif layers is not None:
-        render_block(layers, Console())
+        render_block(layers, console())
 
 
 def main() -> None:

@@ -48,15 +48,17 @@ def inspect_block(workspace: Workspace, block: int, shot: int | None) -> list[di
     update = store.open(manifest[names[-1].replace("/factors", "/update")].key)
     spectra: dict[str, NDArray[np.float64]] = {}
     rows = []
-    at_row = at_column = 0
-    for linear, source in factors.attributes["reads"].items():
+    at_row = at_column = 0  # vectors over the rows (columns) of all linears follow each other
+    reads = factors.attributes["reads"]
+    for linear in update.attributes["order"]:
+        source = reads[linear]
         for name in (f"{source}/A", f"{linear}/G"):
             if name not in spectra:
-                spectra[name] = np.linalg.eigvalsh(np.asarray(factors[name], dtype=np.float64))
-        n_out, n_in = update[f"{linear}/weight"].shape
+                spectra[name] = np.linalg.eigvalsh(factors.array(name).astype(np.float64))
+        n_out, n_in = update.array_info(f"{linear}/weight").shape
         live = (
-            int(update["live_rows"][at_row : at_row + n_out].sum()),
-            int(update["live_columns"][at_column : at_column + n_in].sum()),
+            int(update.array("live_rows")[at_row : at_row + n_out].sum()),
+            int(update.array("live_columns")[at_column : at_column + n_in].sum()),
         )
         at_row, at_column = at_row + n_out, at_column + n_in
         a, g = spectra[f"{source}/A"], spectra[f"{linear}/G"]

@@ -1,9 +1,18 @@
 """Results as tables on a terminal."""
 
+import sys
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+_PLAIN_WIDTH = 160
+"""Columns where the output is not a terminal, so that tables in files and pipes are not squeezed."""
+
+
+def console() -> Console:
+    """The console for results, on stdout."""
+    return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 
 
 def render_results(results: dict[str, Any], console: Console) -> None:
@@ -28,8 +37,8 @@ def render_results(results: dict[str, Any], console: Console) -> None:
 
 def _shot_table(shots: list[dict[str, Any]]) -> Table:
     kinds = list(dict.fromkeys(kind for shot in shots for kind in shot["seconds"]))
-    table = Table(title="shots (seconds as spent when computed)", title_justify="left")
-    for name in ("shot", "sparsity asked", "reached", "perplexity", *kinds):
+    table = Table(title="shots: sparsity, perplexity, and seconds spent when computed", title_justify="left")
+    for name in ("shot", "asked", "reached", "perplexity", *kinds):
         table.add_column(name, justify="right")
     for shot in shots:
         seconds = [f"{shot['seconds'].get(kind, 0.0):.1f}" for kind in kinds]

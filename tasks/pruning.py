@@ -204,7 +204,7 @@ def _update_product(results: dict[str, UpdateResult]) -> Product:
         }
     arrays["live_rows"] = torch.cat([r.linear.live_rows for r in results.values()]).cpu().numpy()
     arrays["live_columns"] = torch.cat([r.linear.live_columns for r in results.values()]).cpu().numpy()
-    return Product(arrays, {"linears": facts})
+    return Product(arrays, {"linears": facts, "order": list(results)})
 
 
 def _candidates(block: int, shapes: tuple[LinearShape, ...], arrays: dict[str, Array]) -> list[Candidates]:
