@@ -72,6 +72,24 @@ def shot_target(sparsity: float, number: int, shots: int) -> float:
     return sparsity * number / shots
 
 
+def require_space(session: Session) -> None:
+    """Refuses to start shots whose results will not fit on the disk.
+
+    Raises:
+        StoreError: naming path, needed and free space.
+    """
+    pruning, model = session.params.prune, session.model
+    state: ModelState | None = session.dense
+    finished = 0
+    while state is not None and finished < pruning.shots:
+        target = shot_target(pruning.sparsity, finished + 1, pruning.shots)
+        state = ShotRun(session, state, session.calibration(finished + 1), finished + 1, target).finished_state()
+        finished += state is not None
+    missing = pruning.shots - finished
+    kept = missing if session.params.run.keep is Keep.ALL else min(missing, 2)
+    Store(session.context.store).free_space_check(kept * model.factor_bytes + (missing + 1) * model.update_bytes)
+
+
 def prune(session: Session) -> list[Shot]:
     """Runs all shots; returns them in order."""
     pruning = session.params.prune

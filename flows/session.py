@@ -1,7 +1,7 @@
 """What all flows of one command share: parameters, files, the opened model layout and how to execute."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import psutil
@@ -37,6 +37,7 @@ class Session:
     workspace: Workspace
     engine: Engine
     say: Callable[[str], None] = lambda _line: None
+    _calibrations: dict[SequenceSpec, Reference] = field(default_factory=dict)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -80,7 +81,7 @@ class Session:
         if run.device is Device.CUDA and not torch.cuda.is_available():
             raise ParameterError("run.device: cuda was asked for, but this torch sees no GPU; use cpu or auto")
         device = Device.CUDA if run.device is Device.AUTO and torch.cuda.is_available() else run.device
-        Store(self.workspace.store)
+        Store(self.workspace.store).clear_stale_tmp()
         return Context(
             store=self.workspace.store,
             model=self.model,
@@ -127,7 +128,10 @@ class Session:
     def calibration(self, shot: int = 1) -> Reference:
         """Calibration sequences of a shot."""
         spec = self.sequence_spec(shot)
-        return self.engine.task(sequences_task, self.context, spec, name="calibration/sequences")
+        if spec not in self._calibrations:
+            name = "calibration/sequences"
+            self._calibrations[spec] = self.engine.task(sequences_task, self.context, spec, name=name)
+        return self._calibrations[spec]
 
     @cached_property
     def windows(self) -> Reference:

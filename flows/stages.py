@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flows.card import model_card
-from flows.prune import Shot, prune
+from flows.prune import Shot, prune, require_space
 from flows.results import build_results, provenance
 from flows.session import Session
 from flows.work import WorkPlan
@@ -62,6 +62,7 @@ def evaluate(session: Session) -> None:
 
 def prune_stage(session: Session) -> None:
     """Runs all shots, then writes the manifest and the view."""
+    require_space(session)
     shots = prune(session)
     references = {
         "calibration/sequences": session.calibration(),
@@ -129,6 +130,7 @@ def run_all(session: Session) -> dict[str, Any]:
             run_stage(session, name)
             if name == "calibrate":
                 session.engine.observer.plan(WorkPlan.of(session))
+                require_space(session)
 
     session.engine.stage("run", body)
     return write_results(session)

@@ -59,6 +59,16 @@ class ModelSpec:
         return sum(linear.n_weights for block in self.blocks for linear in block)
 
     @property
+    def factor_bytes(self) -> int:
+        """Bytes of all factors as they are stored: triangles of float32, an input counted for each of its readers."""
+        return sum(2 * (linear.n_out**2 + linear.n_in**2) for block in self.blocks for linear in block)
+
+    @property
+    def update_bytes(self) -> int:
+        """Bytes of all weights of decoder linears as a shot stores them: float32."""
+        return 4 * self.n_weights
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch knows it."""
         dtype: torch.dtype = getattr(torch, self.dtype)
