@@ -1,7 +1,8 @@
 """Which ranking, update, damping and number of shots prune best: SmolLM2-135M, rows and columns, 10, 20 and 30%.
 
-Usage: python -m benchmarks.ablation PROJECT [--seeds 0 1]
-Everything is cached below PROJECT, so that an interrupted run goes on. Writes PROJECT/ablation.md.
+Usage: python -m benchmarks.ablation PROJECT [--seeds 0 1] [--shots 1 3] [--damping 0.01/0.1 ...]
+Damping is that of activations / gradients. Everything is cached below PROJECT, so that an interrupted run goes on, and
+several may run at once. Prints a table; perplexities of one row are those of the shots of one run where shots > 1.
 """
 
 import argparse
@@ -38,29 +39,27 @@ def dense_perplexity(session: Session) -> float:
 
 
 def main() -> None:
-    """Runs the grid and writes the table after each row."""
+    """Runs the grid and prints the table row by row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("project", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--damping", nargs="+", default=["0.01/0.01", "0.1/0.1", "0.01/0.1"])
     arguments = parser.parse_args()
     dense = dense_perplexity(open_session(arguments.project))
-    lines = [
-        f"Perplexity, dense {dense:.2f}. Command: `python -m benchmarks.ablation PROJECT`.",
-        "",
-        "| seed | shots | damping | ranking | update | 10% | 20% | 30% |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    print("\n".join(lines), flush=True)
+    print(f"Perplexity; dense {dense:.2f}.\n")
+    print(
+        "| seed | shots | damping | ranking | update | 10% | 20% | 30% |\n|---|---|---|---|---|---|---|---|", flush=True
+    )
     grid = itertools.product(
-        arguments.seeds, arguments.shots, (0.01, 0.1), ("cost", "cost-per-weight"), ("exact", "independent")
+        arguments.seeds, arguments.shots, arguments.damping, ("cost", "cost-per-weight"), ("exact", "independent")
     )
     for seed, shots, damping, ranking, update in grid:
-        settings = [f"seed={seed}", f"prune.damping={damping}", f"prune.ranking={ranking}", f"prune.update={update}"]
+        activations, gradients = damping.split("/")
+        settings = [f"seed={seed}", f"prune.damping={{activations: {activations}, gradients: {gradients}}}"]
+        settings += [f"prune.ranking={ranking}", f"prune.update={update}"]
         values = " | ".join(f"{value:.2f}" for value in perplexities(arguments.project, settings, shots))
-        lines.append(f"| {seed} | {shots} | {damping} | {ranking} | {update} | {values} |")
-        print(lines[-1], flush=True)
-        (arguments.project / "ablation.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(f"| {seed} | {shots} | {damping} | {ranking} | {update} | {values} |", flush=True)
 
 
 if __name__ == "__main__":

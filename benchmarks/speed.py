@@ -92,7 +92,7 @@ def passes(session: Session, rounds: int) -> None:
     for index in groups:
         for linear in ours.linears(index).values():
             squares[linear.out_features] += 1
-        for group in ours.shared:
+        for group in ours.shared(index):
             squares[ours.linears(index)[group[0]].in_features] += 1
     n_batches = -(-len(tokens) // batch)
     kinds: dict[str, Callable[[], Any]] = {

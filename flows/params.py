@@ -107,7 +107,7 @@ class DampingParams(Section):
     """What is added to the diagonal of a factor, as a fraction of its mean diagonal; one number sets both."""
 
     activations: Annotated[_Number, Field(ge=0)] = 0.01
-    gradients: Annotated[_Number, Field(ge=0)] = 0.01
+    gradients: Annotated[_Number, Field(ge=0)] = 0.1
 
     @model_validator(mode="before")
     @classmethod

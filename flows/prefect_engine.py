@@ -10,10 +10,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
+
 from flows.engine import Engine, TaskObserver
 from tasks.stage import Outcome
 
 T = TypeVar("T")
+
+OWNER_VARIABLE = "SURGEON_SERVER_OWNER"
+"""In the environment of a server that was started for the time of a run: the process id of the run."""
 
 
 def configure(root: Path) -> None:
@@ -30,6 +35,21 @@ def configure(root: Path) -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    os.environ[OWNER_VARIABLE] = str(os.getpid())
+
+
+def end_orphaned_servers() -> None:
+    """Ends servers that runs of this project started and did not live to stop: nothing else would ever end them."""
+    for process in psutil.process_iter():
+        try:
+            variables = process.environ()
+        except psutil.Error:
+            continue
+        owner = variables.get(OWNER_VARIABLE, "")
+        is_ours = variables.get("PREFECT_HOME") == os.environ["PREFECT_HOME"]
+        is_temporary = variables.get("PREFECT__SERVER_EPHEMERAL") == "1"
+        if is_ours and is_temporary and owner.isdecimal() and not psutil.pid_exists(int(owner)):
+            process.terminate()
 
 
 @cache
@@ -54,6 +74,7 @@ class PrefectEngine(Engine):
     def __init__(self, root: Path, observer: TaskObserver | None = None) -> None:
         super().__init__(observer)
         configure(root)
+        end_orphaned_servers()
 
     def _run_stage(self, name: str, body: Callable[[], T]) -> T:
         from prefect import flow

@@ -113,7 +113,7 @@ class Session:
         return WindowSpec(evaluate.text.spec(), evaluate.windows, evaluate.length)
 
     def check(self) -> None:
-        """Finds bad input before any long work: model, texts, lengths, store, space.
+        """Finds bad input before any long work: model, texts, lengths, device, store.
 
         Raises:
             InputError: naming what is wrong and what to do.
@@ -146,6 +146,7 @@ class Session:
             width=self.model.width,
             n_vocabulary=self.model.n_vocabulary,
             batch_tokens=self.params.run.batch_size * max(self.params.calibrate.length, self.params.evaluate.length),
+            pass_tokens=self.params.calibrate.sequences * self.params.calibrate.length,
             dtype_bytes=self.model.torch_dtype.itemsize,
             blocks_per_group=blocks_per_group,
         )

@@ -74,7 +74,9 @@ def prune_stage(session: Session) -> None:
     facts = {
         "shots": [_shot_facts(shot) for shot in shots],
         "pruned": {**shots[-1].evaluation.attributes, "sparsity": shots[-1].record["sparsity"]},
+        "parameters": _result_parameters(session),
         "weights_digest": shots[-1].state.digest,
+        "model_digest": session.checkpoint.digest,
         "updates": [[block.key, block.digest] for block in shots[-1].state.updates],
     }
     write_json(session.workspace.manifest, {name: ref.to_json() for name, ref in sorted(references.items())})
@@ -84,6 +86,7 @@ def prune_stage(session: Session) -> None:
 
 def export(session: Session) -> None:
     """Writes the pruned checkpoint and loads it back."""
+    _require_same_parameters(session)
     pruned = _stage_facts(session, "prune")
     card = model_card(session, _stage_facts(session, "evaluate"), pruned, _stage_facts(session, "calibrate"))
     dtype = session.params.export.dtype or session.params.model.dtype
@@ -95,6 +98,7 @@ def export(session: Session) -> None:
 
 def report(session: Session) -> None:
     """Continues the prompt with both models and writes `data/metrics/run.json`."""
+    _require_same_parameters(session)
     settings = session.params.report
     samples = {
         name: session.engine.task(
@@ -149,8 +153,18 @@ def write_results(session: Session) -> dict[str, Any]:
 
 
 def pruned_state(session: Session) -> ModelState:
-    """The state after the last shot, from what the prune stage wrote down."""
-    updates = _stage_facts(session, "prune")["updates"]
+    """The state after the last shot, from what the prune stage wrote down.
+
+    Raises:
+        InputError: if the prune stage has not run, or ran on another model.
+    """
+    facts = _stage_facts(session, "prune")
+    updates, source = facts["updates"], facts["parameters"]["model"]["source"]
+    if facts["model_digest"] != session.checkpoint.digest:
+        raise InputError(
+            f"the last prune stage ran on another model ({source!r}, now {session.params.model.source!r}); "
+            f"run `surgeon prune` for this one, or give -S model.source={source}"
+        )
     return ModelState(session.checkpoint.digest, tuple(StoredBlock(key, digest) for key, digest in updates))
 
 
@@ -170,6 +184,30 @@ def _shot_facts(shot: Shot) -> dict[str, Any]:
         "perplexity": shot.evaluation.attributes["perplexity"],
         "loss": shot.evaluation.attributes["loss"],
     }
+
+
+def _result_parameters(session: Session) -> dict[str, Any]:
+    """Parameters that a pruned model is the result of."""
+    return session.params.model_dump(mode="json", include={"seed", "model", "calibrate", "evaluate", "prune"})
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name → value, for all leaves."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return leaves
+
+
+def _require_same_parameters(session: Session) -> None:
+    """Refuses to describe the last pruned model with parameters it was not made with."""
+    made, now = _flatten(_stage_facts(session, "prune")["parameters"]), _flatten(_result_parameters(session))
+    changed = [f"{name} {made.get(name)!r}, now {now[name]!r}" for name in now if made.get(name) != now[name]]
+    if changed:
+        raise InputError(
+            f"the last prune stage ran with other parameters ({'; '.join(changed)}): run `surgeon prune` first, or "
+            "give the same -S options"
+        )
 
 
 def _stage_facts(session: Session, name: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 STORE_VARIABLE = "SURGEON_STORE"
+MODELS_VARIABLE = "SURGEON_MODELS"
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Workspace:
 
     @property
     def models(self) -> Path:
-        """Converted and fetched checkpoints."""
-        return self.data / "models"
+        """Converted and fetched checkpoints; `SURGEON_MODELS` names a directory that projects share."""
+        chosen = os.environ.get(MODELS_VARIABLE)
+        return Path(chosen).expanduser().resolve() if chosen else self.data / "models"
 
     @property
     def view(self) -> Path:

@@ -43,8 +43,8 @@ class Ranking(StrEnum):
 class UpdateRule(StrEnum):
     """How the remaining weights are adapted to a removal.
 
-    `exact` solves for all removed structures of a linear together, `independent` adds up the update of each structure
-    taken alone, `none` leaves the remaining weights as they are.
+    `exact` solves for all removed rows and columns of a linear together, `independent` adds up the solution for its
+    rows and that for its columns (as published), `none` leaves the remaining weights as they are.
     """
 
     EXACT = "exact"

@@ -30,8 +30,8 @@ class ModelCounts:
 
 def count_model(model: BlockwiseModel) -> ModelCounts:
     """Counts a model, loading one block at a time."""
-    trunk = _tally(p for p in _unique(model.model.parameters()) if not p.is_meta)
-    parameters, nonzero, size = trunk
+    in_blocks = {id(p) for index in range(model.n_blocks) for p in model.block(index).parameters()}
+    parameters, nonzero, size = _tally(p for p in _unique(model.model.parameters()) if id(p) not in in_blocks)
     linear_weights = linear_nonzero = 0
     for index in range(model.n_blocks):
         with model.loaded(range(index, index + 1)):

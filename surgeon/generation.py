@@ -1,5 +1,7 @@
 """Continuing a prompt."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,5 +25,17 @@ def continue_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         max_new_tokens=n_tokens, do_sample=False, use_cache=True, eos_token_id=ending, pad_token_id=ending or 0
     )
     generate: Any = model.generate
-    output = generate(encoded["input_ids"], attention_mask=encoded["attention_mask"], generation_config=config)
+    with _without_settings(model):
+        output = generate(encoded["input_ids"], attention_mask=encoded["attention_mask"], generation_config=config)
     return str(tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+@contextmanager
+def _without_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Sets aside the model's own generation settings (penalties, beams), which fill in what a call leaves open."""
+    kept: Any = model.generation_config
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        model.generation_config = kept

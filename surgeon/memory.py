@@ -12,6 +12,9 @@ _HEAD_COPIES = 4
 _ACTIVATION_COPIES = 3
 """Inputs and outputs of a linear are saved for backward about this often (norms, activation functions, residuals)."""
 
+_BOUNDARY_ARRAYS = 3
+"""Hidden states entering a group, the gradient from above and the gradient it hands down are held for all sequences."""
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -22,11 +25,12 @@ class MemoryEstimate:
     factors: int
     activations: int
     head: int
+    boundaries: int
 
     @property
     def total_gib(self) -> float:
         """Sum of all parts, in GiB."""
-        return (self.trunk + self.weights + self.factors + self.activations + self.head) / _GIB
+        return (self.trunk + self.weights + self.factors + self.activations + self.head + self.boundaries) / _GIB
 
     @classmethod
     def of(
@@ -37,16 +41,18 @@ class MemoryEstimate:
         batch_tokens: int,
         dtype_bytes: int,
         blocks_per_group: int,
+        pass_tokens: int = 0,
     ) -> "MemoryEstimate":
         """Estimates from shapes.
 
         Args:
             blocks: for each block, `(n_out, n_in)` of its linears.
             width: of the hidden states.
-            n_vocabulary: rows of embedding and head (counted once: an untied head is read when it is needed).
+            n_vocabulary: rows of the embedding and of the head (both counted: an untied head is held as well).
             batch_tokens: tokens of a batch.
             dtype_bytes: bytes of a weight.
             blocks_per_group: blocks held at a time.
+            pass_tokens: tokens of all sequences of a pass, whose hidden states and gradients groups hand to each other.
         """
         largest = sorted((_block_bytes(block, dtype_bytes, batch_tokens) for block in blocks), reverse=True)
         held = largest[:blocks_per_group]
@@ -56,6 +62,7 @@ class MemoryEstimate:
             factors=sum(block[1] for block in held),
             activations=sum(block[2] for block in held),
             head=_HEAD_COPIES * batch_tokens * n_vocabulary * _FLOAT32,
+            boundaries=0 if blocks_per_group >= len(blocks) else _BOUNDARY_ARRAYS * pass_tokens * width * _FLOAT32,
         )
 
 

@@ -24,8 +24,9 @@ from surgeon.text import (
 from tasks.context import Context, ModelSpec
 from tasks.stage import Outcome, Product, Request, Stage, produce, read_arrays
 
-SEQUENCES = Stage("sequences", 1, ("surgeon.text.sequences",))
-WINDOWS = Stage("windows", 1, ("surgeon.text.sequences",))
+_TEXT = ("surgeon.text.sequences", "surgeon.text.tokenizers")
+SEQUENCES = Stage("sequences", 1, _TEXT)
+WINDOWS = Stage("windows", 1, _TEXT)
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,15 @@ from tasks.weights import open_model
 EVALUATION = Stage(
     "evaluation",
     1,
-    ("surgeon.passes.blockwise", "surgeon.passes.evaluation", "surgeon.passes.loss", "surgeon.counting"),
+    (
+        "surgeon.passes.blockwise",
+        "surgeon.passes.curvature",
+        "surgeon.passes.evaluation",
+        "surgeon.passes.loss",
+        "surgeon.counting",
+    ),
 )
-SAMPLE = Stage("sample", 1, ("surgeon.generation",))
+SAMPLE = Stage("sample", 1, ("surgeon.passes.blockwise", "surgeon.generation"))
 
 
 def evaluation_request(context: Context, state: ModelState, windows: Reference, label: str) -> Request:
@@ -35,8 +41,10 @@ def evaluation_task(context: Context, state: ModelState, windows: Reference, lab
         model = open_model(context, state)
         tokens = read_arrays(context, windows.key)["tokens"]
         progress = partial(report, f"{label}: evaluation")
-        result = evaluate_perplexity(model, tokens, context.groups, context.batch_size, progress)
-        counts = count_model(model)
+        whole = range(model.n_blocks) if len(context.groups) == 1 else range(0)
+        with model.loaded(whole):  # where all blocks fit, they are read once for both
+            result = evaluate_perplexity(model, tokens, context.groups, context.batch_size, progress)
+            counts = count_model(model)
         return Product(
             {},
             {

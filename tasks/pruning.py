@@ -25,7 +25,7 @@ from tasks.stage import Outcome, Product, Request, Stage, produce, read_arrays
 from tasks.weights import read_linears
 
 Array = NDArray[Any]
-_DAMPED = ("surgeon.pruning.damped", "surgeon.pruning.linear")
+_DAMPED = ("surgeon.curvature.factors", "surgeon.pruning.damped", "surgeon.pruning.linear")
 COSTS = Stage("costs", 1, (*_DAMPED, "surgeon.pruning.costs"))
 MASK = Stage("mask", 1, ("surgeon.pruning.allocation",))
 UPDATE = Stage("update", 1, (*_DAMPED, "surgeon.pruning.update"))

@@ -35,23 +35,22 @@ def block_tensors(context: Context, state: ModelState, block: int) -> Mapping[st
 
 
 def read_linears(context: Context, state: ModelState, block: int) -> dict[str, PrunedLinear]:
-    """The linears of one block with their live sets, float32, in module order."""
+    """The linears of one block with their live sets, float32, in module order, on the context's device."""
     shapes = context.model.blocks[block]
-    prefix = f"{context.model.blocks_path}.{block}"
-    if not state.updates:
-        names = [f"{prefix}.{s.name}.weight" for s in shapes] + [
-            f"{prefix}.{s.name}.bias" for s in shapes if s.has_bias
-        ]
-        tensors = WeightFiles(context.model.checkpoint).read(names, torch.float32)
-        return {
-            s.name: PrunedLinear.dense(tensors[f"{prefix}.{s.name}.weight"], tensors.get(f"{prefix}.{s.name}.bias"))
-            for s in shapes
-        }
-    parts = block_tensors(context, state, block)
-    stored = Store(context.store).open(state.updates[block].key)
-    live_rows = torch.split(torch.from_numpy(stored.array("live_rows")), [s.n_out for s in shapes])
-    live_columns = torch.split(torch.from_numpy(stored.array("live_columns")), [s.n_in for s in shapes])
-    return {
-        s.name: PrunedLinear(parts[f"{prefix}.{s.name}.weight"], parts.get(f"{prefix}.{s.name}.bias"), rows, columns)
-        for s, rows, columns in zip(shapes, live_rows, live_columns, strict=True)
-    }
+    names = [f"{context.model.blocks_path}.{block}.{shape.name}" for shape in shapes]
+    if state.updates:
+        tensors = block_tensors(context, state, block)
+        stored = Store(context.store).open(state.updates[block].key)
+        live_rows = torch.split(torch.from_numpy(stored.array("live_rows")), [s.n_out for s in shapes])
+        live_columns = torch.split(torch.from_numpy(stored.array("live_columns")), [s.n_in for s in shapes])
+    else:
+        parts = [f"{n}.weight" for n in names] + [f"{n}.bias" for n, s in zip(names, shapes, strict=True) if s.has_bias]
+        tensors = WeightFiles(context.model.checkpoint).read(parts, torch.float32)
+        live_rows = tuple(torch.ones(s.n_out, dtype=torch.bool) for s in shapes)
+        live_columns = tuple(torch.ones(s.n_in, dtype=torch.bool) for s in shapes)
+    on = context.device
+    result = {}
+    for shape, name, rows, columns in zip(shapes, names, live_rows, live_columns, strict=True):
+        bias = tensors[f"{name}.bias"].to(on) if shape.has_bias else None
+        result[shape.name] = PrunedLinear(tensors[f"{name}.weight"].to(on), bias, rows.to(on), columns.to(on))
+    return result

@@ -35,6 +35,7 @@ class BlockObserver:
         self._gradients = {name: self._zeros(linear, "out") for name, linear in linears.items()}
         self._n_tokens = 0
         self._first_sequence = 0
+        self._n_sequences = 0
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     @staticmethod
@@ -54,10 +55,11 @@ class BlockObserver:
             handle.remove()
         self._handles.clear()
 
-    def start_batch(self, first_sequence: int, n_tokens: int) -> None:
-        """Announces a batch: the index of its first sequence (for error messages) and its number of tokens."""
+    def start_batch(self, first_sequence: int, n_sequences: int, length: int) -> None:
+        """Announces a batch of sequences of some length; the index of its first sequence is for error messages."""
         self._first_sequence = first_sequence
-        self._n_tokens += n_tokens
+        self._n_sequences = n_sequences
+        self._n_tokens += n_sequences * length
 
     def _on_forward(self, name: str, _linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x = inputs[0].detach()
@@ -76,7 +78,8 @@ class BlockObserver:
         """Any NaN or infinity of a batch shows on the diagonal of the sums, which is cheap to look at."""
         if torch.isfinite(total.diagonal().sum()):
             return
-        bad = ~torch.isfinite(values.reshape(values.shape[0], -1)).all(dim=1)
+        # Some models (OPT) give a linear one row a token, not one matrix a sequence.
+        bad = ~torch.isfinite(values.reshape(self._n_sequences, -1)).all(dim=1)
         where = f"sequence {self._first_sequence + int(bad.nonzero()[0])}" if bad.any() else "the sum over sequences"
         raise NonFiniteError(
             f"non-finite {what} in {self._label}, linear {name}, {where}. The model or the calibration text makes its "

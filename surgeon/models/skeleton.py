@@ -26,13 +26,14 @@ __all__ = ["WeightFiles", "build_skeleton", "load_into", "load_trunk", "unload"]
 _REGISTERING = threading.Lock()
 
 
-def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, *, attention: str = "sdpa") -> PreTrainedModel:
+def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, *, attention: str | None = None) -> PreTrainedModel:
     """Builds a model from its configuration without reading weights.
 
     Args:
         checkpoint: The checkpoint whose configuration is used.
         dtype: Type of the parameters.
-        attention: Attention implementation of transformers: `sdpa` or `eager`.
+        attention: Attention implementation of transformers: `sdpa`, `eager`, or None for the model's own choice
+            (sdpa where it has one).
 
     Returns:
         The model in evaluation mode with parameters on the meta device that need no gradient, real buffers, and no
@@ -41,7 +42,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, *, attention: str
     Raises:
         ModelError: transformers does not know the architecture, or it is not a causal language model.
     """
-    if attention not in ("sdpa", "eager"):
+    if attention not in (None, "sdpa", "eager"):
         raise ModelError(f"attention={attention!r} is not supported. Use 'sdpa' or 'eager'.")
     trust = checkpoint.trust_remote_code
     with _REGISTERING, quiet_transformers():

@@ -77,7 +77,6 @@ class BlockwiseModel:
     Attributes:
         model: the transformers model; parameters of blocks that are not loaded are on the meta device.
         architecture: its blocks and linears.
-        shared: groups of linears that read the same input, in model order (found by running the first block).
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class BlockwiseModel:
         self._returns_tuple = False
         self._loaded: set[int] = set()
         with self.loaded(range(1)):
-            self.shared = self._probe()
+            self._shared = self._probe()
 
     @property
     def n_blocks(self) -> int:
@@ -115,6 +114,15 @@ class BlockwiseModel:
         return {
             name: self.architecture.linear(self.model, index, name) for name in self.architecture.linear_names(index)
         }
+
+    def shared(self, index: int) -> tuple[tuple[str, ...], ...]:
+        """Groups of linears of a block that read the same input, in module order.
+
+        Found by running the first block. In a block with other linears each is alone in its group, which is right
+        everywhere and only computes some factors more than once.
+        """
+        names = self.architecture.linear_names(index)
+        return self._shared if names == self.architecture.linear_names(0) else tuple((name,) for name in names)
 
     @contextmanager
     def loaded(self, blocks: range) -> Iterator[None]:

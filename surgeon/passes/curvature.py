@@ -71,7 +71,7 @@ def forward_group(
         Input of the block after the group, `[n_sequences, length, width]` float32.
 
     Raises:
-        NonFiniteError: if hidden states are not finite; names the block and the sequence.
+        NonFiniteError: if hidden states are not finite; names the group and the sequence.
     """
     result: FloatArray | None = None
     parts = batches(len(sequences), batch_size)
@@ -119,13 +119,13 @@ def curvature_group(
     parts = batches(len(sequences), batch_size)
     with model.loaded(group), ExitStack() as stack:
         observers = {
-            index: stack.enter_context(BlockObserver(f"block {index}", model.linears(index), model.shared))
+            index: stack.enter_context(BlockObserver(f"block {index}", model.linears(index), model.shared(index)))
             for index in group
         }
         for done, part in enumerate(parts, start=1):
             tokens = sequences[part]
             for observer in observers.values():
-                observer.start_batch(part.start, tokens.size)
+                observer.start_batch(part.start, *tokens.shape)
             embedded = _start(model, tokens, boundary, part)
             above = None if gradient_above is None else torch.from_numpy(gradient_above[part])
             gradient = _backward(model, tokens, embedded, group, above)
@@ -163,7 +163,8 @@ def _backward(
 
 
 def _require_finite_hidden(hidden: Tensor, group: range, part: slice) -> None:
-    finite = torch.isfinite(hidden.flatten(1).sum(dim=1))
+    # In float16 a sum of finite numbers overflows easily.
+    finite = torch.isfinite(hidden.flatten(1).sum(dim=1, dtype=torch.float32))
     if not finite.all():
         where = f"sequence {part.start + int((~finite).nonzero()[0])}"
         raise NonFiniteError(

@@ -1,0 +1,52 @@
+"""One tiny model, two texts and one finished run, shared by all tests of flows."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_tiny
+
+from tests.flows.project import Finished, Project, write_text
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model`, `calibration.txt` and `evaluation.txt`."""
+    folder = tmp_path_factory.mktemp("inputs")
+    make_tiny("llama-gqa-tied", folder / "model")
+    write_text(folder / "calibration.txt", 1)
+    write_text(folder / "evaluation.txt", 2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def params(inputs: Path) -> dict[str, Any]:
+    """Sections of params.yaml for a run of a second: 3 shots on 3 blocks."""
+    return {
+        "model": {"source": str(inputs / "model")},
+        "calibrate": {"text": {"source": str(inputs / "calibration.txt")}, "sequences": 6, "length": 32},
+        "evaluate": {"text": {"source": str(inputs / "evaluation.txt")}, "windows": 4, "length": 32},
+        "prune": {"sparsity": 0.3, "shots": 3},
+        "report": {"new_tokens": 4},
+        "run": {"engine": "inline", "batch_size": 3, "blocks_per_group": 3, "keep": "all"},
+    }
+
+
+@pytest.fixture(scope="session")
+def finished_with_output(params: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Finished]:
+    """A project after `surgeon run --json`, and what that said. Tests copy the project and do not change it."""
+    project = Project(tmp_path_factory.mktemp("finished") / "project", params)
+    return project, project.console("run", "--json")
+
+
+@pytest.fixture(scope="session")
+def finished(finished_with_output: tuple[Project, Finished]) -> Project:
+    project, output = finished_with_output
+    output.ok()
+    return project
+
+
+@pytest.fixture
+def again(finished: Project, tmp_path: Path) -> Project:
+    """A copy of the finished project."""
+    return finished.copy(tmp_path / "project")

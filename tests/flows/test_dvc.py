@@ -1,0 +1,160 @@
+"""The project's own dvc.yaml, in a new git repository with a tiny model: what runs again, and what lies on disk."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.flows.project import ROOT, Project, environment
+
+STAGES = ("model", "calibrate", "evaluate", "prune", "export", "report")
+
+
+class Repository(Project):
+    """A git repository with the project's pipeline and the parameters of a tiny run."""
+
+    def __init__(self, root: Path, params: dict[str, Any]) -> None:
+        everything = yaml.safe_load((ROOT / "params.yaml").read_text())
+        super().__init__(root, {k: v | params.get(k, {}) if isinstance(v, dict) else v for k, v in everything.items()})
+        for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+            shutil.copy(ROOT / name, root)
+        (root / ".dvc").mkdir()
+        for name in (".dvc/config", ".dvc/.gitignore"):
+            shutil.copy(ROOT / name, root / name)
+        for package in ("surgeon", "tasks", "flows"):
+            shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
+        self.command("git", "init", "--quiet")
+        self.commit()
+
+    def command(self, *arguments: str) -> str:
+        programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        names = {f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        done = subprocess.run(
+            arguments,
+            cwd=self.root,
+            env=environment(PATH=programs, DVC_NO_ANALYTICS="1", **names),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, (done.stdout, done.stderr)
+        return done.stdout
+
+    def commit(self) -> None:
+        self.command("git", "add", "--all")
+        self.command("git", "commit", "--quiet", "--message", "state")
+
+    def change(self, section: str, key: str, value: Any) -> None:
+        self.params[section][key] = value
+        (self.root / "params.yaml").write_text(yaml.safe_dump(self.params))
+
+    def repro(self) -> set[str]:
+        """Runs `dvc repro`; returns the stages that ran."""
+        lines = self.command("dvc", "repro").splitlines()
+        return {line.split("'")[1] for line in lines if line.startswith("Running stage")}
+
+    def status(self) -> set[str]:
+        """Stages that have a changed dependency, parameter or output."""
+        return set(json.loads(self.command("dvc", "status", "--json")))
+
+
+@pytest.fixture(scope="module")
+def repository(params: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """After a first `dvc repro`, committed to git."""
+    shots = {"sparsity": 0.2, "shots": 1}
+    repository = Repository(tmp_path_factory.mktemp("dvc") / "repository", params | {"prune": shots})
+    assert repository.repro() == set(STAGES)
+    repository.commit()
+    return repository
+
+
+def test_stages_are_the_commands() -> None:
+    from flows.stages import STAGES as FLOWS
+
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert tuple(stages) == FLOWS == STAGES
+    for name, stage in stages.items():
+        assert stage["cmd"].startswith(f"surgeon {name} --quiet")
+
+
+def test_git_sees_the_lock_and_nothing_of_the_data(repository: Repository) -> None:
+    assert repository.command("git", "status", "--porcelain") == ""
+    tracked = repository.command("git", "ls-files").split()
+    assert "dvc.lock" in tracked
+    assert not [name for name in tracked if name.startswith("data/")]
+
+
+def test_no_second_copy_on_disk(repository: Repository) -> None:
+    """Arrays have three names (in the store, in the view, in DVC's cache) and lie on disk once."""
+    data, cache = repository.data, repository.root / ".dvc" / "cache"
+    chunks = [path for path in (data / "run.zarr").rglob("*") if path.is_file() and "c" in path.parts]
+    assert len(chunks) > 50
+    assert {path.stat().st_nlink for path in chunks} == {3}
+    assert {path.stat().st_nlink for path in (data / "export").iterdir()} == {2}
+    sizes = {
+        folder: {s.st_ino: s.st_size for path in folder.rglob("*") if path.is_file() and (s := path.stat())}
+        for folder in (data / "store", data / "export", cache, data / "run.zarr")
+    }
+    once = sum({inode: size for files in sizes.values() for inode, size in files.items()}.values())
+    needed = sum(sizes[data / "store"].values()) + sum(sizes[data / "export"].values())
+    # Beside the arrays there are lists of files and groups of the view; they are small, as the model here is.
+    assert once < needed + 0.2 * sum(sizes[cache].values())
+    assert sum(sizes[cache].values()) > 0.5 * needed
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "changed"),
+    [
+        ("model", "dtype", "bfloat16", {"model"}),
+        ("calibrate", "sequences", 5, {"calibrate"}),
+        ("prune", "ranking", "cost", {"prune", "export"}),
+        ("export", "dtype", "bfloat16", {"export"}),
+        ("report", "prompt", "Hello", {"report"}),
+        ("run", "batch_size", 2, {"evaluate", "prune"}),
+        ("run", "blocks_per_group", 1, set()),
+        ("run", "engine", "prefect", set()),
+    ],
+)
+def test_stages_that_a_parameter_is_of(
+    repository: Repository, section: str, key: str, value: Any, changed: set[str]
+) -> None:
+    before = repository.params[section][key]
+    repository.change(section, key, value)
+    try:
+        assert repository.status() == changed
+    finally:
+        repository.change(section, key, before)
+
+
+def test_repro_does_nothing_then_only_what_changed(repository: Repository) -> None:
+    assert repository.repro() == set()
+    first = repository.results()
+    executed = first["tasks"]["executed"]
+    assert executed == 3 + 9 + 3
+    repository.change("prune", "damping", {"activations": 0.05, "gradients": 0.05})
+    assert repository.repro() == {"prune", "export", "report"}
+    assert repository.executed()["prune"] == {"costs", "mask", "update", "evaluation"}
+    assert repository.results()["weights_digest"] != first["weights_digest"]
+    changes = json.loads(repository.command("dvc", "metrics", "diff", "--json"))["data/metrics/run.json"]
+    assert changes["pruned.perplexity"]["old"] == first["pruned"]["perplexity"]
+    assert changes["pruned.perplexity"]["new"] == repository.results()["pruned"]["perplexity"]
+    shown = json.loads(repository.command("dvc", "metrics", "show", "--json"))
+    assert shown[""]["data"]["data/metrics/run.json"]["data"]["pruned"] == repository.results()["pruned"]
+    # The view of before comes back from DVC's cache as links; the store has all of it.
+    repository.command("git", "checkout", "--quiet", "params.yaml", "dvc.lock")
+    repository.command("dvc", "checkout")
+    assert repository.results() == first
+    assert repository.status() == set()
+
+
+def test_plot(repository: Repository) -> None:
+    plot = json.loads(repository.command("dvc", "plots", "show", "--show-vega", "perplexity against sparsity"))
+    shots = repository.results()["shots"]
+    points = [(value["sparsity"], value["perplexity"]) for value in plot["data"]["values"]]
+    assert points == [(shot["sparsity"], shot["perplexity"]) for shot in shots]

@@ -1,0 +1,117 @@
+"""The commands that look at a run: status, inspect, evaluate, generate."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from surgeon.store import Store
+from tests.flows.project import Project
+from tests.flows.test_kill import kill_when, n_objects
+
+
+def status(project: Project, *more: str) -> list[dict[str, str]]:
+    lines: list[dict[str, str]] = json.loads(project.surgeon("status", "--json", *more).ok().stdout)
+    return lines
+
+
+def test_status_before_half_way_and_after(params: dict[str, Any], tmp_path: Path) -> None:
+    project = Project(tmp_path / "project", params)
+    nothing = status(project)
+    assert [line["found"] for line in nothing[:3]] == ["no", "no", "no"]
+    assert [line["would_run"] for line in nothing[3:]] == ["the whole shot"] * 3
+    assert project.labels() == {}
+    # Sequences, windows, dense evaluation, shot 1 (12 objects), then three factors and one block's costs of shot 2.
+    kill_when(project.start("run", "--quiet"), lambda: n_objects(project) >= 19)
+    n_then = n_objects(project)
+    half = {line["stage"]: line for line in status(project)}
+    assert half["shot-01 (to 10.0%)"] == {"stage": "shot-01 (to 10.0%)", "found": "finished", "would_run": ""}
+    second = half["shot-02 (to 20.0%)"]
+    assert second["found"].startswith("factors 3/3, costs ")
+    assert "update" in second["would_run"]
+    assert half["shot-03 (to 30.0%)"]["found"] == "not known before the shot above"
+    assert n_objects(project) == n_then
+    project.surgeon("run", "--quiet").ok()
+    assert {line["would_run"] for line in status(project)} == {""}
+    changed = {line["stage"]: line["would_run"] for line in status(project, "-S", "prune.damping=0.05")}
+    assert changed["shot-01 (to 10.0%)"] == "costs, mask, update"
+    assert changed["dense evaluation"] == ""
+
+
+def test_status_as_a_table(again: Project) -> None:
+    done = again.surgeon("status").ok()
+    assert "shot-03 (to 30.0%)" in done.stdout
+    assert "finished" in done.stdout
+    assert done.stderr == ""
+
+
+def test_inspect_lists_the_objects_of_the_run(again: Project) -> None:
+    rows = json.loads(again.surgeon("inspect", "--json").ok().stdout)
+    manifest = again.read("manifest.json")
+    assert {row["name"]: row["key"] for row in rows} == {name: ref["key"] for name, ref in manifest.items()}
+    row = next(row for row in rows if row["name"] == "shot-01/block-00/factors")
+    assert row["payload"]
+    assert row["bytes"] > 10_000
+    everything = json.loads(again.surgeon("inspect", "--store", "--json").ok().stdout)
+    assert {row["key"] for row in everything} == set(again.labels())
+    again.surgeon("run", "--quiet", "-S", "run.keep=none").ok()
+    rows = json.loads(again.surgeon("inspect", "--json").ok().stdout)
+    assert {row["name"].rpartition("/")[2] for row in rows if not row["payload"]} == {"factors"}
+
+
+def test_inspect_block_gives_condition_numbers(again: Project) -> None:
+    rows = json.loads(again.surgeon("inspect", "--block", "0", "--shot", "2", "--json").ok().stdout)
+    manifest = again.read("manifest.json")
+    factors = Store(again.data / "store").open(manifest["shot-02/block-00/factors"]["key"])
+    update = Store(again.data / "store").open(manifest["shot-02/block-00/update"]["key"])
+    assert len(rows) == 7
+    for row in rows:
+        name, reads = row["linear"], row["reads"]
+        weight = update.array(f"{name}/weight")
+        assert row["shape"] == list(weight.shape)
+        assert row["live"] == [int(weight.any(axis=1).sum()), int(weight.any(axis=0).sum())]
+        for which, owner in (("A", reads), ("G", name)):
+            spectrum = np.linalg.eigvalsh(factors.array(f"{owner}/{which}").astype(np.float64))
+            floor = spectrum[-1] * np.finfo(np.float32).eps
+            expected = spectrum[-1] / max(spectrum[0], floor)
+            assert row[f"condition_{which}"] == pytest.approx(expected, rel=1e-6)
+            assert 1 <= row[f"effective_rank_{which}"] <= spectrum.size
+    done = again.surgeon("inspect", "--block", "3")
+    assert done.status == 2
+    assert "the factors of block 3 of any shot are not in the store" in done.stderr
+
+
+def test_evaluate_the_export(again: Project) -> None:
+    before = set(again.data.rglob("stages/*"))
+    export = json.loads(again.surgeon("evaluate", "data/export", "--json").ok().stdout)
+    dense = json.loads(again.surgeon("evaluate", "--json").ok().stdout)
+    results = again.results()
+    for facts, expected in ((export, results["pruned"]), (dense, results["dense"])):
+        assert facts["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-9)
+        for name in ("parameters", "nonzero", "linear_nonzero", "bytes"):
+            assert facts[name] == expected[name]
+    assert set(again.data.rglob("stages/*")) == before
+    assert again.surgeon("report", "--quiet").ok().stdout == ""
+    assert again.results()["dense"] == results["dense"]
+
+
+@pytest.mark.parametrize("model", ["dense", "pruned"])
+def test_generate_continues_as_the_report_does(again: Project, model: str) -> None:
+    sample = again.results()["samples"][model]
+    done = again.surgeon("generate", sample["prompt"], "--model", model, "--tokens", "4").ok()
+    assert done.stdout == sample["prompt"] + sample["continuation"] + "\n"
+    assert done.stderr == ""
+
+
+def test_generate_with_a_directory(again: Project) -> None:
+    arguments = ("The capital of France is", "--model", "data/export", "--tokens", "4", "--json")
+    sample = json.loads(again.surgeon("generate", *arguments).ok().stdout)
+    assert sample == again.results()["samples"]["pruned"]
+
+
+def test_what_there_is(finished: Project) -> None:
+    done = finished.surgeon("--help").ok()
+    for command in ("run", "model", "calibrate", "evaluate", "prune", "export", "report", "status", "inspect"):
+        assert f" {command} " in done.stdout

@@ -1,0 +1,116 @@
+"""A changed parameter makes only that work run again which depends on it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from surgeon.store import Store
+from tests.flows.project import Project, slow, tasks_of
+
+SHOTS = ("shot-01", "shot-02", "shot-03")
+BLOCKS = ("block-00", "block-01", "block-02")
+
+
+def of_shots(shots: tuple[str, ...], *kinds: str) -> set[str]:
+    """Labels of results of shots; kinds of a block are given with a leading `*/`."""
+    return {
+        f"{shot}/{label}"
+        for shot in shots
+        for kind in kinds
+        for label in ([kind.replace("*", block) for block in BLOCKS] if "*" in kind else [kind])
+    }
+
+
+MAYBE = of_shots(SHOTS[:1], "*/update")
+"""Another mask may leave the part of a block as it was, whose update is then reused."""
+FROM_COSTS = ("*/costs", "mask", "*/update", "shot", "evaluation")
+WHOLE = ("*/factors", *FROM_COSTS)
+SAMPLE = {"pruned/sample"}
+CASES = {
+    "report.prompt=Hello": ({"dense/sample", "pruned/sample"}, False),
+    "report.new_tokens=2": ({"dense/sample", "pruned/sample"}, False),
+    "export.dtype=bfloat16": (set(), True),
+    "evaluate.windows=3": ({"evaluation/windows", "dense/evaluation", *of_shots(SHOTS, "evaluation")}, True),
+    "prune.damping=0.05": (of_shots(SHOTS[:1], *FROM_COSTS) | of_shots(SHOTS[1:], *WHOLE) | SAMPLE, True),
+    "prune.cost=obd": (of_shots(SHOTS[:1], *FROM_COSTS) | of_shots(SHOTS[1:], *WHOLE) | SAMPLE, True),
+    "prune.ranking=cost": (of_shots(SHOTS[:1], *FROM_COSTS[1:]) | of_shots(SHOTS[1:], *WHOLE) | SAMPLE, True),
+    "prune.update=none": (of_shots(SHOTS[:1], *FROM_COSTS[2:]) | of_shots(SHOTS[1:], *WHOLE) | SAMPLE, True),
+    "prune.sparsity=0.1 prune.shots=1": (SAMPLE, True),
+    "prune.sparsity=0.2 prune.shots=2": (SAMPLE, True),
+    "run.blocks_per_group=1": (set(), False),
+    "run.keep=none": (set(), False),
+    "calibrate.sequences=5": ({"calibration/sequences", *of_shots(SHOTS, *WHOLE)} | SAMPLE, True),
+    "seed=1": ({"calibration/sequences", *of_shots(SHOTS, *WHOLE)} | SAMPLE, True),
+    "run.batch_size=2": ({"dense/evaluation", *of_shots(SHOTS, *WHOLE)} | SAMPLE, True),
+}
+
+
+SLOW = ("report.new_tokens=2", "prune.cost=obd", "prune.sparsity=0.2 prune.shots=2", "seed=1", "run.batch_size=2")
+
+
+@pytest.mark.parametrize("change", [slow(change) if change in SLOW else change for change in CASES])
+def test_only_what_depends_on_it(again: Project, change: str) -> None:
+    expected, exported = CASES[change]
+    before = again.labels()
+    overrides = [part for one in change.split() for part in ("-S", one)]
+    again.surgeon("run", "--quiet", *overrides).ok()
+    new = {label for key, label in again.labels().items() if key not in before}
+    changes_the_mask_alone = change in ("prune.cost=obd", "prune.ranking=cost")
+    assert expected - (MAYBE if changes_the_mask_alone else set()) <= new <= expected
+    assert again.results()["tasks"]["executed"] == len(tasks_of(new)) + exported
+    assert ("export" in again.executed()) == exported
+
+
+def test_the_view_shows_the_shot_of_this_run(again: Project) -> None:
+    """A shot found under another schedule appears under its number in this one."""
+    again.surgeon("run", "--quiet", "-S", "prune.sparsity=0.2", "-S", "prune.shots=2").ok()
+    assert {path.name for path in (again.data / "run.zarr").glob("shot-*")} == {"shot-01", "shot-02"}
+    assert [shot["target"] for shot in again.results()["shots"]] == [0.1, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"), [("all", {*SHOTS}), ("last", {"shot-03"}), ("none", set())], ids=["all", "last", "none"]
+)
+def test_keep_drops_factors_of_shots(again: Project, keep: str, kept: set[str]) -> None:
+    again.surgeon("run", "--quiet", "-S", f"run.keep={keep}").ok()
+    store = Store(again.data / "store")
+    for key, label in again.labels().items():
+        is_large = label.endswith("/factors")
+        assert store.has_payload(key) == (not is_large or label.split("/")[0] in kept), label
+    again.surgeon("run", "--quiet", "-S", f"run.keep={keep}").ok()
+    assert again.results()["tasks"]["executed"] == 0
+
+
+def test_keep_drops_what_groups_hand_over(params: dict[str, Any], finished: Project, tmp_path: Path) -> None:
+    """From the start, in groups: hidden states and gradients go as factors do, and nothing has to come back."""
+    run = params["run"] | {"keep": "last", "blocks_per_group": 1}
+    project = Project(tmp_path / "groups", params | {"run": run})
+    project.surgeon("run", "--quiet").ok()
+    store = Store(project.data / "store")
+    large = {
+        key: label for key, label in project.labels().items() if label.rpartition("/")[2] in ("boundary", "gradient")
+    }
+    assert len(large) == 3 * 4
+    for key, label in large.items():
+        assert store.has_payload(key) == label.startswith("shot-03"), label
+    project.surgeon("run", "--quiet").ok()
+    assert project.results()["tasks"]["executed"] == 0
+    assert project.results()["weights_digest"] == finished.results()["weights_digest"]
+
+
+def test_dropped_factors_come_back_with_the_same_bits(again: Project) -> None:
+    """Another damping needs the factors of the first shot again; what is below them is not computed again."""
+    before = again.contents()
+    again.surgeon("run", "--quiet", "-S", "run.keep=none").ok()
+    assert len(again.contents()) < len(before)
+    again.surgeon("run", "--quiet", "-S", "prune.damping=0.05").ok()
+    after = again.contents()
+    factors = [
+        key for key, label in again.labels().items() if label.startswith("shot-01") and label.endswith("/factors")
+    ]
+    assert len(factors) == 3
+    for path, content in before.items():
+        if path.split("/")[1] in factors:
+            assert after[path] == content
+    assert "curvature" in again.executed()["prune"]
