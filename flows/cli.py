@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from surgeon import __version__
 from surgeon.errors import InputError, SurgeonError
 
 if TYPE_CHECKING:
@@ -26,6 +27,23 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"surgeon {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+    del version
+
 
 Override = Annotated[
     list[str] | None,
@@ -258,9 +276,6 @@ def main() -> None:
     except SurgeonError as error:
         print(f"surgeon: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("surgeon: interrupted; the same command goes on where it was", file=sys.stderr)
-        sys.exit(130)
     except Exception:
         traceback.print_exc()
         print(

@@ -5,6 +5,7 @@ there is one; how it went (seconds, tasks) goes to `data/timings/<stage>.json`.
 """
 
 import resource
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from tasks.context import ModelState, StoredBlock
 from tasks.evaluation import evaluation_task, sample_task
 from tasks.export import export_task
 
+_MAXRSS_UNITS_PER_GIB = 2**30 if sys.platform == "darwin" else 2**20
 STAGES = ("model", "calibrate", "evaluate", "prune", "export", "report")
 
 
@@ -235,7 +237,7 @@ def _write_timing(session: Session, name: str) -> None:
             "cached": tally.cached,
             "seconds": tally.seconds,
             "elapsed_s": tally.elapsed_s,
-            "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MAXRSS_UNITS_PER_GIB,
             "engine": session.engine.name,
         },
     )

@@ -108,6 +108,16 @@ def test_not_finite_weights(params: dict[str, Any], broken: Path, tmp_path: Path
     assert project.executed()["evaluate"] == {"evaluation"}
 
 
+@pytest.mark.parametrize("stage", ["report", "export"])
+def test_a_stage_of_other_parameters_is_refused(again: Project, stage: str) -> None:
+    """What describes the last pruned model must not do so with parameters it was not made with."""
+    before = again.contents()
+    done = again.surgeon(stage, "-S", "prune.sparsity=0.77", "-S", "prune.update=none")
+    assert done.status == 2
+    is_one_message(done, r"prune.sparsity 0\.\d+, now 0.77; prune.update 'exact', now 'none'.*surgeon prune")
+    assert again.contents() == before
+
+
 def test_a_failed_run_leaves_results_usable(again: Project) -> None:
     before = again.contents()
     assert again.surgeon("run", "-S", "prune.damping=-1").status == 2

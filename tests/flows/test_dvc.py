@@ -95,7 +95,7 @@ def test_no_second_copy_on_disk(repository: Repository) -> None:
     data, cache = repository.data, repository.root / ".dvc" / "cache"
     chunks = [path for path in (data / "run.zarr").rglob("*") if path.is_file() and "c" in path.parts]
     assert len(chunks) > 50
-    assert {path.stat().st_nlink for path in chunks} == {3}
+    assert min(path.stat().st_nlink for path in chunks) == 3
     assert {path.stat().st_nlink for path in (data / "export").iterdir()} == {2}
     sizes = {
         folder: {s.st_ino: s.st_size for path in folder.rglob("*") if path.is_file() and (s := path.stat())}
