@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,8 @@ from surgeon import __version__
 from surgeon.errors import InputError, SurgeonError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from flows.session import Session
 
 app = typer.Typer(
@@ -91,6 +93,16 @@ def _session(
         yield session
 
 
+def _show(value: Any, as_json: bool, draw: "Callable[[Any, Console], None]") -> None:
+    """Puts a result on stdout, as JSON or as a table."""
+    from flows.render import console
+
+    if as_json:
+        print(json.dumps(value, indent=2))
+    else:
+        draw(value, console())
+
+
 def _stage_command(name: str, doc: str) -> Callable[..., None]:
     def command(
         override: Override = None,
@@ -122,16 +134,14 @@ def run(
 
     Ends with a table, data/metrics/run.json and a checkpoint in data/export that transformers loads.
     """
-    from flows.render import console, render_results
+    from flows.render import render_results
     from flows.stages import run_all
 
     with _session(project, params, override, quiet or as_json, engine) as session:
         session.check()
         results = run_all(session)
-    if as_json:
-        print(json.dumps(results, indent=2))
-    elif not quiet:
-        render_results(results, console())
+    if as_json or not quiet:
+        _show(results, as_json, render_results)
 
 
 for _name, _doc in {
@@ -157,7 +167,7 @@ def evaluate(
 
     Without MODEL: the dense model, as the stage of the pipeline. With MODEL: any checkpoint, for example data/export.
     """
-    from flows.render import console, render_evaluation
+    from flows.render import render_evaluation
     from flows.stages import evaluate_other, run_stage
     from flows.workspace import read_json
 
@@ -169,10 +179,8 @@ def evaluate(
         else:
             run_stage(session, "evaluate")
             facts = read_json(session.workspace.stage_file("evaluate"))["facts"]
-    if as_json:
-        print(json.dumps(facts, indent=2))
-    elif not quiet:
-        render_evaluation(facts, console())
+    if as_json or not quiet:
+        _show(facts, as_json, render_evaluation)
 
 
 @app.command()
@@ -185,17 +193,15 @@ def report(
     engine: EngineName = None,
 ) -> None:
     """Sample both models and put all results together in data/metrics/run.json; show the table."""
-    from flows.render import console, render_results
+    from flows.render import render_results
     from flows.stages import run_stage, write_results
 
     with _session(project, params, override, quiet or as_json, engine) as session:
         session.check()
         run_stage(session, "report")
         results = write_results(session)
-    if as_json:
-        print(json.dumps(results, indent=2))
-    elif not quiet:
-        render_results(results, console())
+    if as_json or not quiet:
+        _show(results, as_json, render_results)
 
 
 @app.command()
@@ -226,15 +232,12 @@ def status(
     override: Override = None, params: ParamsFile = None, project: Root = Path(), as_json: AsJson = False
 ) -> None:
     """Show what is in the store for these parameters, and what a run would still do. Computes nothing."""
-    from flows.render import console, render_status
+    from flows.render import render_status
     from flows.status import status_of
 
     with _session(project, params, override, True, "inline") as session:
         lines = status_of(session)
-    if as_json:
-        print(json.dumps(lines, indent=2))
-    else:
-        render_status(lines, console())
+    _show(lines, as_json, render_status)
 
 
 @app.command()
@@ -253,17 +256,13 @@ def inspect(
 ) -> None:
     """List what the last run stored: objects, shapes, digests; with --block also condition numbers of its factors."""
     from flows.inspection import inspect_block, list_objects
-    from flows.render import console, render_block, render_objects
+    from flows.render import render_block, render_objects
 
     with _session(project, params, override, True, "inline") as session:
-        rows = list_objects(session.workspace, whole_store=store) if block is None else None
-        layers = inspect_block(session.workspace, block, shot) if block is not None else None
-    if as_json:
-        print(json.dumps(rows if rows is not None else layers, indent=2))
-    elif rows is not None:
-        render_objects(rows, console())
-    elif layers is not None:
-        render_block(layers, console())
+        if block is None:
+            _show(list_objects(session.workspace, whole_store=store), as_json, render_objects)
+        else:
+            _show(inspect_block(session.workspace, block, shot), as_json, render_block)
 
 
 def main() -> None:
