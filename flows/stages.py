@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from flows.card import model_card
-from flows.prune import Shot, prune, require_space
+from flows.prune import prune, require_space
 from flows.results import build_results, provenance
 from flows.session import Session
+from flows.shot import Shot
 from flows.work import WorkPlan
 from flows.workspace import read_json, write_json
 from surgeon.errors import InputError

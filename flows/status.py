@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from flows.prune import ShotRun, shot_label, shot_target
+from flows.prune import shot_target
 from flows.session import Session
+from flows.shot import ShotRun, shot_label
 from surgeon.store import Reference, Store
 from tasks.calibration import sequences_request, windows_request
 from tasks.context import ModelState
