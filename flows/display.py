@@ -12,6 +12,8 @@ from flows.work import WorkPlan
 from tasks.progress import SilentReporter, set_reporter
 
 _LINE_EVERY_S = 5.0
+_FIRST_SHARE = 0.04
+"""Part of the work after which the time left is shown: the first tasks open the model and say little about the rate."""
 
 
 class Display(TaskObserver):
@@ -99,7 +101,7 @@ class Display(TaskObserver):
             return ""
         units = self._units_executed + self._part * self._plan.units(self._task)
         seconds = self._seconds_executed + (time.perf_counter() - self._task_start if self._part else 0.0)
-        if units < 0.01 * self._plan.total or seconds < 1.0:
+        if units < _FIRST_SHARE * self._plan.total or seconds < 1.0:
             return ""
         left = (1.0 - self._fraction()) * self._plan.total * seconds / units
         return f"about {int(left) // 60}:{int(left) % 60:02d} left"
