@@ -104,6 +104,10 @@ class ShotRun:
         references[f"{self.label}/evaluation"] = evaluation
         return Shot(self.number, self.rule.target, state, references, self._passed_on(), record, evaluation)
 
+    def curvature(self) -> list[Reference]:
+        """Factors of all blocks, computed where they are missing."""
+        return self._factors(set(self.blocks))
+
     def finished_state(self) -> ModelState | None:
         """The state after the shot if it is finished, without running anything."""
         record = self._finished()
