@@ -6,12 +6,15 @@ length is part of the result.
 """
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor, nn
 
 from surgeon.errors import NonFiniteError
-from surgeon.passes.blockwise import BlockwiseModel
+from surgeon.passes.blockwise import BlockwiseModel, Embedded
 from surgeon.passes.curvature import FloatArray, Progress, TokenArray, forward_group, no_progress
 from surgeon.passes.groups import batches
 from surgeon.passes.loss import next_token_loss
@@ -53,7 +56,7 @@ def evaluate_perplexity(
         progress: told after each batch of each group.
 
     Raises:
-        NonFiniteError: if the loss of a window is not finite; names the window.
+        NonFiniteError: if the loss of a window is not finite; names the first block, linear and window that is not.
     """
     n_windows, length = windows.shape
     parts = batches(n_windows, batch_size)
@@ -74,13 +77,36 @@ def evaluate_perplexity(
             input_ids = torch.from_numpy(windows[part])
             embedded = model.embed(input_ids)
             hidden = embedded.hidden if boundary is None else torch.from_numpy(boundary[part]).to(embedded.hidden)
+            start = hidden
             for index in groups[-1]:
                 hidden = model.run_block(index, hidden, embedded.calls[index])
             loss = float(next_token_loss(model.head(input_ids, hidden), input_ids))
             if not math.isfinite(loss):
-                raise NonFiniteError(f"the loss of evaluation windows {part.start} to {part.stop - 1} is {loss}")
+                where = _first_non_finite(model, groups[-1], Embedded(start, embedded.calls), part)
+                raise NonFiniteError(f"the loss of evaluation windows {part.start} to {part.stop - 1} is {loss}{where}")
             total += loss
             one_more(0, 0)
     n_predictions = n_windows * (length - 1)
     mean = total / n_predictions
     return Perplexity(math.exp(min(mean, 700.0)), mean, n_predictions, n_windows, length)
+
+
+def _first_non_finite(model: BlockwiseModel, group: range, entering: Embedded, part: slice) -> str:
+    """Runs a batch through loaded blocks once more and names the first linear whose output is not finite."""
+    found: list[str] = []
+
+    def look(where: str, _linear: nn.Module, _inputs: object, output: Tensor) -> None:
+        bad = ~torch.isfinite(output.reshape(len(entering.hidden), -1)).all(dim=1)
+        if bad.any() and not found:
+            window = part.start + int(bad.nonzero()[0])
+            found.append(f": the first output that is not finite is that of {where}, window {window}")
+
+    with ExitStack() as stack:
+        for index in group:
+            for name, linear in model.linears(index).items():
+                handle = linear.register_forward_hook(partial(look, f"block {index}, linear {name}"))
+                stack.callback(handle.remove)
+        hidden = entering.hidden
+        for index in group:
+            hidden = model.run_block(index, hidden, entering.calls[index])
+    return found[0] if found else ""
