@@ -26,7 +26,7 @@ from tasks.pruning import (
     update_request,
     update_task,
 )
-from tasks.stage import Outcome, Product, Request, Stage, produce
+from tasks.stage import Outcome, Product, Request, Stage, produce, readable
 
 SHOT = Stage("shot", 1, ())
 """A finished shot: which updates it ended with. It lets a finished shot be found with one look-up."""
@@ -220,8 +220,7 @@ class ShotRun:
 
     def _missing(self, requests: list[Request]) -> set[int]:
         """Blocks whose result has to be computed, so that they need their factors' payload."""
-        keys = [request.key(self.context) for request in requests]
-        return {b for b in self.blocks if self.store.lookup(keys[b]) is None or not self.store.has_payload(keys[b])}
+        return {b for b, request in enumerate(requests) if readable(self.store, request.key(self.context)) is None}
 
     def _factors(self, needed: set[int], first: bool = False) -> list[Reference]:
         """Makes sure that the factors of some blocks can be read; returns the references of all that exist."""

@@ -11,7 +11,7 @@ from surgeon.passes.curvature import FloatArray, TokenArray, curvature_group, fo
 from surgeon.store import Reference, Store, SymmetricMatrix
 from tasks.context import Context, ModelState
 from tasks.progress import report
-from tasks.stage import Outcome, Product, Request, Stage, commit, produce, read_arrays
+from tasks.stage import Outcome, Product, Request, Stage, commit, produce, read_arrays, readable
 from tasks.weights import open_model
 
 _PASSES = ("surgeon.passes.blockwise", "surgeon.passes.curvature", "surgeon.passes.loss")
@@ -28,12 +28,11 @@ def pass_request(
     context: Context, stage: Stage, state: ModelState, calibration: Reference, block: int, label: str
 ) -> Request:
     """The request for the factors of a block, or for the hidden states or gradient entering it."""
-    names = {"boundary": "boundary", "gradient": "gradient", "factors": "factors"}
     return Request(
         stage,
         {"block": block, "batch_size": context.batch_size},
         {"weights": state.digest, "calibration": calibration.digest},
-        f"{label}/block-{block:02d}/{names[stage.kind]}",
+        f"{label}/block-{block:02d}/{stage.kind}",
     )
 
 
@@ -65,7 +64,7 @@ def curvature_task(
     everything = [*requests.values(), *([gradient] if group.start else [])]
     with store.lock(requests[group.start].key(context)):
         keys = [request.key(context) for request in everything]
-        found = [store.lookup(key) if store.has_payload(key) else None for key in keys]
+        found = [readable(store, key) for key in keys]
         if all(reference is not None for reference in found):
             return Outcome([ref for ref in found if ref is not None][: len(group)], cached=True, seconds=0.0)
         start = time.perf_counter()

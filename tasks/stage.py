@@ -76,6 +76,11 @@ class Request:
         return self.stage.key(context, self.parameters, self.inputs)
 
 
+def readable(store: Store, key: str) -> Reference | None:
+    """The reference of a result whose arrays are there too; None if it is missing or was evicted."""
+    return store.lookup(key) if store.has_payload(key) else None
+
+
 def produce(context: Context, request: Request, compute: Callable[[], Product]) -> Outcome[Reference]:
     """Returns the stored result, or computes and commits it.
 
@@ -83,12 +88,10 @@ def produce(context: Context, request: Request, compute: Callable[[], Product]) 
     """
     store = Store(context.store)
     key = request.key(context)
-    found = store.lookup(key)
-    if found is not None and store.has_payload(key):
+    if (found := readable(store, key)) is not None:
         return Outcome(found, cached=True, seconds=0.0)
     with store.lock(key):
-        found = store.lookup(key)
-        if found is not None and store.has_payload(key):
+        if (found := readable(store, key)) is not None:
             return Outcome(found, cached=True, seconds=0.0)
         start = time.perf_counter()
         product = compute()
