@@ -4,26 +4,58 @@ from enum import StrEnum
 
 
 class Method(StrEnum):
-    """How the weights to remove are chosen.
+    """A named way to choose what goes and to adapt the rest: a preset of curvature, cost, update and allocation.
 
-    Reference: van der Ouderaa et al. 2024, *The LLM Surgeon* (`llm-surgeon`).
+    Reference: van der Ouderaa et al. 2024, *The LLM Surgeon* (`llm-surgeon`; `k-obd` and `l-obd` are its baselines with
+    and without gradients); Han et al. 2015 (`magnitude`); Sun et al. 2024, *Wanda* (`wanda`); Frantar & Alistarh 2023,
+    *SparseGPT* (`sparsegpt`).
     """
 
     LLM_SURGEON = "llm-surgeon"
+    K_OBD = "k-obd"
+    L_OBD = "l-obd"
+    MAGNITUDE = "magnitude"
+    WANDA = "wanda"
+    SPARSEGPT = "sparsegpt"
 
 
 class Structure(StrEnum):
-    """What is removed from a linear: rows (outputs), columns (inputs), or whichever of both costs less."""
+    """What is removed from a linear: rows (outputs), columns (inputs), whichever of both costs less, or weights."""
 
     ROWS = "rows"
     COLUMNS = "columns"
     ROWS_AND_COLUMNS = "rows-and-columns"
+    WEIGHTS = "weights"
 
 
 class Curvature(StrEnum):
-    """How the curvature of the loss is approximated: `kfac` is one Kronecker product per linear."""
+    """How the curvature of the loss with respect to the weights of one linear is approximated.
 
+    With a the input and g the gradient of the loss at the output, for each token: `identity` knows nothing,
+    `activations` is ``I ⊗ mean aaᵀ``, `diagonal` is ``mean (g∘g)(a∘a)ᵀ`` by weight, `kfac` is ``mean ggᵀ ⊗ mean aaᵀ``,
+    `nearest-kronecker` is the Kronecker product nearest to ``mean ggᵀ ⊗ aaᵀ``, `kronecker-sum` the nearest sum of
+    several, and `ekfac` the best diagonal in the eigenbasis of `kfac`.
+
+    Reference: Martens & Grosse 2015 (K-FAC); George et al. 2018 (EKFAC); van der Ouderaa et al. 2024, section 3.1.
+    """
+
+    IDENTITY = "identity"
+    ACTIVATIONS = "activations"
+    DIAGONAL = "diagonal"
     KFAC = "kfac"
+    NEAREST_KRONECKER = "nearest-kronecker"
+    KRONECKER_SUM = "kronecker-sum"
+    EKFAC = "ekfac"
+
+
+class Targets(StrEnum):
+    """Next tokens the gradient of the loss is taken for: those of the text, or draws from the model's own softmax.
+
+    `empirical` gives the empirical Fisher matrix, `sampled` an estimate of the Fisher matrix itself.
+    """
+
+    EMPIRICAL = "empirical"
+    SAMPLED = "sampled"
 
 
 class Cost(StrEnum):
@@ -40,16 +72,43 @@ class Ranking(StrEnum):
     COST_PER_WEIGHT = "cost-per-weight"
 
 
+class Allocation(StrEnum):
+    """Within what the cheapest structures are chosen: all linears, each linear, or each row of each linear.
+
+    `global` lets one threshold divide the sparsity between linears; the others give each its share.
+    """
+
+    GLOBAL = "global"
+    PER_LAYER = "per-layer"
+    PER_ROW = "per-row"
+
+
 class UpdateRule(StrEnum):
     """How the remaining weights are adapted to a removal.
 
-    `exact` solves for all removed rows and columns of a linear together, `independent` adds up the solution for its
-    rows and that for its columns (as published), `none` leaves the remaining weights as they are.
+    `exact` solves for all that goes from a linear together; `independent` adds up the solution for its rows and that
+    for its columns (as published); `chunked` solves for a limited number of weights at a time (as published);
+    `sequential` goes through the columns in order, and chooses what goes as it does (SparseGPT); `none` leaves the
+    remaining weights as they are.
     """
 
     EXACT = "exact"
     INDEPENDENT = "independent"
+    CHUNKED = "chunked"
+    SEQUENTIAL = "sequential"
     NONE = "none"
+
+
+class Correction(StrEnum):
+    """What is done about the gradient of the loss, which is not zero at a pruned model.
+
+    `adapters` trains low-rank adapters after each shot and absorbs them; `newton` makes the update aim at a damped
+    natural-gradient step.
+    """
+
+    NONE = "none"
+    ADAPTERS = "adapters"
+    NEWTON = "newton"
 
 
 class SequenceOrder(StrEnum):
