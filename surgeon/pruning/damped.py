@@ -17,18 +17,11 @@ from torch import Tensor
 from surgeon.curvature.factors import LinearFactors
 from surgeon.errors import NumericalError
 from surgeon.pruning.linear import PrunedLinear
+from surgeon.recipe import Damping
 
 MAX_ESCALATIONS = 3
 ESCALATION = 10.0
 _LEAF = 192
-
-
-@dataclass(frozen=True)
-class Damping:
-    """Relative damping of both factors (multiples of the mean of their diagonals)."""
-
-    activations: float
-    gradients: float
 
 
 @dataclass(frozen=True)
