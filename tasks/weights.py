@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from surgeon.models import WeightFiles
@@ -43,14 +45,29 @@ def read_linears(context: Context, state: ModelState, block: int) -> dict[str, P
         stored = Store(context.store).open(state.updates[block].key)
         live_rows = torch.split(torch.from_numpy(stored.array("live_rows")), [s.n_out for s in shapes])
         live_columns = torch.split(torch.from_numpy(stored.array("live_columns")), [s.n_in for s in shapes])
+        packed = set(stored.names())
     else:
         parts = [f"{n}.weight" for n in names] + [f"{n}.bias" for n, s in zip(names, shapes, strict=True) if s.has_bias]
         tensors = WeightFiles(context.model.checkpoint).read(parts, torch.float32)
         live_rows = tuple(torch.ones(s.n_out, dtype=torch.bool) for s in shapes)
         live_columns = tuple(torch.ones(s.n_in, dtype=torch.bool) for s in shapes)
+        packed = set()
     on = context.device
     result = {}
     for shape, name, rows, columns in zip(shapes, names, live_rows, live_columns, strict=True):
         bias = tensors[f"{name}.bias"].to(on) if shape.has_bias else None
-        result[shape.name] = PrunedLinear(tensors[f"{name}.weight"].to(on), bias, rows.to(on), columns.to(on))
+        live = None
+        if f"{shape.name}/live" in packed:
+            live = unpacked_live(stored.array(f"{shape.name}/live"), shape.n_in).to(on)
+        result[shape.name] = PrunedLinear(tensors[f"{name}.weight"].to(on), bias, rows.to(on), columns.to(on), live)
     return result
+
+
+def packed_live(live: Tensor) -> NDArray[np.uint8]:
+    """Live weights `[n_out, n_in]` bool as bits, eight to a byte of a row: `[n_out, ceil(n_in / 8)]`."""
+    return np.packbits(live.cpu().numpy(), axis=1)
+
+
+def unpacked_live(packed: NDArray[np.uint8], n_in: int) -> Tensor:
+    """Live weights `[n_out, n_in]` bool from their bits."""
+    return torch.from_numpy(np.unpackbits(packed, axis=1, count=n_in).astype(np.bool_))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from surgeon.choices import Allocation as Scope
 from surgeon.choices import Ranking, Structure
 from surgeon.errors import NonFiniteError
 
@@ -78,14 +79,17 @@ class _Ranked:
     cost: FloatArray
 
 
-def allocate(linears: Sequence[Candidates], target: float, structure: Structure, ranking: Ranking) -> Allocation:
+def allocate(
+    linears: Sequence[Candidates], target: float, structure: Structure, ranking: Ranking, scope: Scope = Scope.GLOBAL
+) -> Allocation:
     """Chooses what goes: the shortest prefix of the ranking that removes at least the target fraction.
 
     Args:
         linears: candidates of all linears, in model order.
-        target: fraction of all weights to be gone after this shot, in (0, 1).
+        target: fraction of all weights (or of those of each linear) to be gone after this shot, in (0, 1).
         structure: rows, columns or both may go.
         ranking: by cost, or by cost per weight freed (at the live sizes before this shot).
+        scope: one ranking over all linears, or one for each.
 
     Returns:
         The live sets. The target is met from above, to within one structure; what was already gone stays gone, so
@@ -94,6 +98,22 @@ def allocate(linears: Sequence[Candidates], target: float, structure: Structure,
     Raises:
         NonFiniteError: if a cost is NaN or infinite.
     """
+    if scope is Scope.GLOBAL:
+        return _allocate(linears, target, structure, ranking)
+    parts = [_allocate([linear], target, structure, ranking) for linear in linears]
+    n_total = sum(c.n_weights for c in linears)
+    return Allocation(
+        live_rows=tuple(rows for part in parts for rows in part.live_rows),
+        live_columns=tuple(columns for part in parts for columns in part.live_columns),
+        sparsity=sum(part.sparsity * c.n_weights for part, c in zip(parts, linears, strict=True)) / n_total,
+        threshold=max(part.threshold for part in parts),
+        predicted_cost=sum(part.predicted_cost for part in parts),
+        n_removed=sum(part.n_removed for part in parts),
+    )
+
+
+def _allocate(linears: Sequence[Candidates], target: float, structure: Structure, ranking: Ranking) -> Allocation:
+    """One ranking over all linears."""
     ranked = _rank(linears, structure, ranking)
     n_total = sum(c.n_weights for c in linears)
     n_live = sum(int(c.live_rows.sum()) * int(c.live_columns.sum()) for c in linears)

@@ -1,13 +1,7 @@
-"""What it costs, in nats per token, to remove a row or a column of a linear.
+"""What it costs, in nats per token, to remove a row, a column or a weight of a linear.
 
-With ``W`` `[n_out, n_in (+ 1)]`, factors ``A``, ``G`` and their damped forms ``Â``, ``Ĝ``:
-
-=========  =======================  ================================
-structure  OBD (others fixed)       OBS (others re-optimised)
-=========  =======================  ================================
-row r      ``½ G_rr  w_rᵀ A w_r``   ``½ w_rᵀ A w_r / [Ĝ⁻¹]_rr``
-column c   ``½ A_cc  w_cᵀ G w_c``   ``½ w_cᵀ G w_c / [Â⁻¹]_cc``
-=========  =======================  ================================
+The formulas are those of the curvature (`surgeon/curvature`); here they are put in the place of the whole linear. With
+a curvature that does not know gradients the unit is another (of the squared output, or of the squared weight).
 
 Reference: LeCun et al. 1989 (OBD); Hassibi & Stork 1992 (OBS); van der Ouderaa et al. 2024, section 3.2.
 """
@@ -19,7 +13,10 @@ from torch import Tensor
 
 from surgeon.choices import Cost
 from surgeon.errors import NonFiniteError
-from surgeon.pruning.damped import LiveCurvature
+from surgeon.pruning.live import LiveLinear
+
+GONE = -1.0
+"""Stands for the cost of a weight that is gone already; no cost is below zero."""
 
 
 @dataclass(frozen=True)
@@ -39,30 +36,22 @@ class StructureCosts:
     live_columns: Tensor
 
 
-def structure_costs(curvature: LiveCurvature, cost: Cost, where: str) -> StructureCosts:
-    """Costs of every live row and column of a linear under its Kronecker-factored curvature.
+def structure_costs(live: LiveLinear, cost: Cost, where: str) -> StructureCosts:
+    """Costs of every live row and column of a linear.
 
     Args:
-        curvature: live part of the linear and its damped factors.
+        live: live part of the linear and its damped curvature.
         cost: OBS or OBD.
         where: block and linear, for the error message.
 
     Raises:
         NonFiniteError: if a cost is not finite.
     """
-    weight, a, g = curvature.weight, curvature.activations, curvature.gradients
-    row_energy = ((weight @ a.matrix) * weight).sum(dim=1)
-    column_energy = ((g.matrix @ weight) * weight).sum(dim=0)
-    if cost is Cost.OBS:
-        row_costs = 0.5 * row_energy / g.inverse_diagonal()
-        column_costs = 0.5 * column_energy / a.inverse_diagonal()
-    else:
-        row_costs = 0.5 * row_energy * g.matrix.diagonal()
-        column_costs = 0.5 * column_energy * a.matrix.diagonal()
-    linear = curvature.linear
+    linear = live.linear
+    columns = live.curvature.column_costs(live.weight, cost)[: live.n_live_columns]
     result = StructureCosts(
-        rows=_scatter(row_costs, linear.live_rows),
-        columns=_scatter(column_costs[: curvature.n_live_columns], linear.live_columns),
+        rows=_scatter(live.curvature.row_costs(live.weight, cost), linear.live_rows),
+        columns=_scatter(columns, linear.live_columns),
         live_rows=linear.live_rows,
         live_columns=linear.live_columns,
     )
@@ -71,6 +60,28 @@ def structure_costs(curvature: LiveCurvature, cost: Cost, where: str) -> Structu
             index = int((~torch.isfinite(values)).nonzero()[0])
             raise NonFiniteError(f"{where}: the cost of {side} {index} is {float(values[index])}; raise prune.damping")
     return result
+
+
+def weight_costs(live: LiveLinear, cost: Cost, where: str) -> Tensor:
+    """Costs of every single weight of a linear.
+
+    Returns:
+        `[n_out, n_in]` float32; `GONE` for weights that are gone already, those of dead rows and columns among them.
+
+    Raises:
+        NonFiniteError: if a cost is not finite.
+    """
+    costs = live.curvature.weight_costs(live.weight.float(), cost)[:, : live.n_live_columns]
+    if not torch.isfinite(costs).all():
+        row, column = (int(i) for i in (~torch.isfinite(costs)).nonzero()[0])
+        raise NonFiniteError(
+            f"{where}: the cost of weight ({row}, {column}) of the live ones is {float(costs[row, column])}; raise "
+            "prune.damping"
+        )
+    placed = live.placed(costs, fill=GONE)
+    if live.linear.live_weights is not None:
+        placed.masked_fill_(~live.linear.live_weights, GONE)
+    return placed
 
 
 def _scatter(values: Tensor, live: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The state of one linear while it is pruned: its weight, its bias, and which rows and columns still live."""
+"""The state of one linear while it is pruned: its weight, its bias, and what of it still lives."""
 
 from dataclasses import dataclass
 
@@ -8,19 +8,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PrunedLinear:
-    """A linear and its live structures. Everything outside live rows and live columns is exactly zero.
+    """A linear and what of it lives. Everything else is exactly zero.
 
     Attributes:
         weight: `[n_out, n_in]`.
         bias: `[n_out]`, or None.
         live_rows: `[n_out]` bool; a removed row has taken its bias with it.
         live_columns: `[n_in]` bool.
+        live_weights: `[n_out, n_in]` bool where single weights go, false outside live rows and columns; None where all
+            weights of live rows and columns live.
     """
 
     weight: Tensor
     bias: Tensor | None
     live_rows: Tensor
     live_columns: Tensor
+    live_weights: Tensor | None = None
 
     @classmethod
     def dense(cls, weight: Tensor, bias: Tensor | None) -> "PrunedLinear":
@@ -38,7 +41,9 @@ class PrunedLinear:
 
     @property
     def n_live_weights(self) -> int:
-        """Weights in live rows and live columns."""
+        """Weights that live."""
+        if self.live_weights is not None:
+            return int(self.live_weights.sum())
         return int(self.live_rows.sum()) * int(self.live_columns.sum())
 
     def augmented(self, dtype: torch.dtype) -> Tensor:
@@ -47,8 +52,15 @@ class PrunedLinear:
             return self.weight.to(dtype)
         return torch.cat([self.weight, self.bias[:, None]], dim=1).to(dtype)
 
+    def alive(self) -> Tensor:
+        """Which weights live, `[n_out, n_in]` bool."""
+        if self.live_weights is not None:
+            return self.live_weights
+        return self.live_rows[:, None] & self.live_columns[None, :]
+
     def restricted(self, live_rows: Tensor, live_columns: Tensor) -> "PrunedLinear":
         """The same linear with fewer live structures, everything else set to zero (no weight makes up for it)."""
-        weight = self.weight * (live_rows[:, None] & live_columns[None, :])
+        live = live_rows[:, None] & live_columns[None, :]
         bias = None if self.bias is None else self.bias * live_rows
-        return PrunedLinear(weight, bias, live_rows, live_columns)
+        live_weights = None if self.live_weights is None else self.live_weights & live
+        return PrunedLinear(self.weight * live, bias, live_rows, live_columns, live_weights)

@@ -2,7 +2,7 @@
 
 ``W`` is `[n_out, n_in]`, or `[n_out, n_in + 1]` with the bias last; ``vec`` reads it row by row, so that
 ``tr(G Δ A Δᵀ) = vec(Δ)ᵀ (G ⊗ A) vec(Δ)`` with ``G ⊗ A = torch.kron(G, A)``. ``a`` and ``g`` here are restricted to
-live structures. Nothing in this file uses the code under test beyond its containers.
+live structures. The answers use nothing of the code under test beyond its containers.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from surgeon.choices import Curvature
 from surgeon.curvature.factors import LinearFactors
-from surgeon.pruning.damped import Damping
+from surgeon.curvature.kronecker import KroneckerCurvature
 from surgeon.pruning.linear import PrunedLinear
+from surgeon.pruning.live import LiveLinear, live_linear
+from surgeon.recipe import Damping
 
 N_OUT, N_IN = 8, 9
 ENOUGH_TOKENS, FEW_TOKENS = 64, 3
@@ -120,6 +123,21 @@ class Problem:
         bias = torch.zeros(N_OUT, dtype=torch.float64)
         bias[self.rows] = live[:, -1]
         return weight, bias
+
+
+@dataclass(frozen=True)
+class KfacLinear(LiveLinear):
+    """A live linear whose curvature is known to be one Kronecker product."""
+
+    curvature: KroneckerCurvature
+
+
+def kfac_linear(linear: PrunedLinear, factors: LinearFactors, damping: Damping = DAMPING) -> KfacLinear:
+    """The live part with its K-FAC curvature, both factors factorised."""
+    live = live_linear(linear, factors, Curvature.KFAC, damping, WHERE)
+    assert isinstance(live.curvature, KroneckerCurvature)
+    _ = live.curvature.activations, live.curvature.gradients
+    return KfacLinear(**vars(live))
 
 
 def random(generator: torch.Generator, *shape: int) -> Tensor:

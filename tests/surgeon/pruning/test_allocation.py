@@ -8,10 +8,10 @@ from surgeon.choices import Cost, Ranking, Structure, UpdateRule
 from surgeon.errors import NonFiniteError
 from surgeon.pruning.allocation import Allocation, Candidates, allocate
 from surgeon.pruning.costs import structure_costs
-from surgeon.pruning.damped import live_curvature
 from surgeon.pruning.linear import PrunedLinear
-from surgeon.pruning.update import update_linear
-from tests.surgeon.pruning.dense import DAMPING, WHERE, factors_from, random
+from surgeon.pruning.structure_update import update_structures
+from surgeon.recipe import UpdateSpec
+from tests.surgeon.pruning.dense import DAMPING, WHERE, factors_from, kfac_linear, random
 
 BOTH = Structure.ROWS_AND_COLUMNS
 EVERY_RULE = pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_a_dead_linear_goes_all_the_way_beside_a_living_one(biased: bool, dead: 
         gradients[0] = torch.zeros(30, n_out, dtype=torch.float64)
     biases = [torch.zeros(n_out), torch.ones(n_out)] if biased else [None, None]
     curvatures = [
-        live_curvature(PrunedLinear.dense(weight, bias), factors_from(living[1], g), DAMPING, WHERE)
+        kfac_linear(PrunedLinear.dense(weight, bias), factors_from(living[1], g), DAMPING)
         for weight, bias, g in zip(weights, biases, gradients, strict=True)
     ]
     costs = [structure_costs(curvature, Cost.OBS, WHERE) for curvature in curvatures]
@@ -289,7 +289,7 @@ def test_a_dead_linear_goes_all_the_way_beside_a_living_one(biased: bool, dead: 
     assert found.sparsity == pytest.approx(1 - n_left / (2 * n_out * n_in))
     assert 0.7 <= found.sparsity < 0.9
     results = [
-        update_linear(c, torch.from_numpy(rows), torch.from_numpy(columns), UpdateRule.EXACT, WHERE)
+        update_structures(c, torch.from_numpy(rows), torch.from_numpy(columns), UpdateSpec(UpdateRule.EXACT), WHERE)
         for c, rows, columns in zip(curvatures, found.live_rows, found.live_columns, strict=True)
     ]
     assert not results[0].linear.weight.any()

@@ -5,10 +5,11 @@ import torch
 from torch.testing import assert_close
 
 from surgeon.choices import Cost
+from surgeon.curvature.kronecker import KroneckerCurvature
 from surgeon.errors import NonFiniteError
 from surgeon.pruning.costs import StructureCosts, structure_costs
-from surgeon.pruning.damped import live_curvature
 from surgeon.pruning.linear import PrunedLinear
+from surgeon.recipe import Damping
 from tests.surgeon.pruning.dense import (
     CASES,
     DAMPING,
@@ -20,6 +21,7 @@ from tests.surgeon.pruning.dense import (
     best_change,
     factors_from,
     gone_mask,
+    kfac_linear,
     make_problem,
     objective,
     random,
@@ -27,7 +29,7 @@ from tests.surgeon.pruning.dense import (
 
 
 def costs_of(problem: Problem, cost: Cost) -> StructureCosts:
-    return structure_costs(live_curvature(problem.linear, problem.factors, DAMPING, WHERE), cost, WHERE)
+    return structure_costs(kfac_linear(problem.linear, problem.factors, DAMPING), cost, WHERE)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -89,12 +91,10 @@ def test_the_bias_takes_part_in_the_cost_of_its_row(cost: Cost) -> None:
 def test_letting_the_others_adapt_never_costs_more(case: Case) -> None:
     """With the same damping on both sides: ``1 / [Ĝ⁻¹]_rr <= Ĝ_rr``."""
     problem = make_problem(case)
-    live = live_curvature(problem.linear, problem.factors, DAMPING, WHERE)
-    damped = dataclasses.replace(
-        live,
-        activations=dataclasses.replace(live.activations, matrix=live.activations.damped),
-        gradients=dataclasses.replace(live.gradients, matrix=live.gradients.damped),
-    )
+    live = kfac_linear(problem.linear, problem.factors, DAMPING)
+    factors = live.curvature.gradients.damped, live.curvature.activations.damped
+    curvature = KroneckerCurvature(*factors, live.curvature.shape, Damping(0.0, 0.0), WHERE)
+    damped = dataclasses.replace(live, curvature=curvature)
     obs, obd = structure_costs(damped, Cost.OBS, WHERE), structure_costs(damped, Cost.OBD, WHERE)
     assert (obs.rows <= obd.rows * (1 + 1e-12)).all()
     assert (obs.columns <= obd.columns * (1 + 1e-12)).all()
@@ -107,7 +107,7 @@ def test_an_entirely_dead_linear_costs_nothing(biased: bool, cost: Cost) -> None
     generator = torch.Generator().manual_seed(0)
     factors = factors_from(random(generator, 20, N_IN), torch.zeros(20, N_OUT, dtype=torch.float64))
     linear = PrunedLinear.dense(torch.ones(N_OUT, N_IN), torch.ones(N_OUT) if biased else None)
-    costs = structure_costs(live_curvature(linear, factors, DAMPING, WHERE), cost, WHERE)
+    costs = structure_costs(kfac_linear(linear, factors, DAMPING), cost, WHERE)
     assert not costs.live_rows.any()
     assert not costs.live_columns.any()
     assert not costs.rows.any()
@@ -125,8 +125,8 @@ def test_a_cost_that_is_not_finite_names_the_structure() -> None:
 
 def test_a_column_cost_that_is_not_finite_names_the_column() -> None:
     problem = make_problem(Case(bias=True, removed=True, few_tokens=False, dead=False))
-    live = live_curvature(problem.linear, problem.factors, DAMPING, WHERE)
-    gradients = dataclasses.replace(live.gradients, matrix=live.gradients.matrix.clone())
-    gradients.matrix[0, 0] = torch.inf
+    live = kfac_linear(problem.linear, problem.factors, DAMPING)
+    live.curvature._rows.matrix = live.curvature.gradients.matrix.clone()
+    live.curvature._rows.matrix[0, 0] = torch.inf
     with pytest.raises(NonFiniteError, match=f"^block 0, fc1: the cost of column {problem.columns[0]} is inf"):
-        structure_costs(dataclasses.replace(live, gradients=gradients), Cost.OBS, WHERE)
+        structure_costs(live, Cost.OBS, WHERE)

@@ -14,10 +14,10 @@ from torch import Tensor
 from surgeon.choices import Cost, UpdateRule
 from surgeon.curvature.factors import LinearFactors
 from surgeon.pruning.costs import structure_costs
-from surgeon.pruning.damped import Damping, live_curvature
 from surgeon.pruning.linear import PrunedLinear
-from surgeon.pruning.update import update_linear
-from tests.surgeon.pruning.dense import WHERE, factors_from, random
+from surgeon.pruning.structure_update import update_structures
+from surgeon.recipe import Damping, UpdateSpec
+from tests.surgeon.pruning.dense import WHERE, factors_from, kfac_linear, random
 
 N_OUT, N_IN, N_INPUTS = 4, 5, 11
 UNDAMPED = Damping(0.0, 0.0)
@@ -113,7 +113,7 @@ def test_quadratic_model_is_the_rise_of_the_loss(bias: bool) -> None:
 @BIASES
 def test_obd_cost_is_the_rise_when_one_structure_goes(bias: bool) -> None:
     regression = make_regression(bias)
-    live = live_curvature(regression.linear, regression.factors(), UNDAMPED, WHERE)
+    live = kfac_linear(regression.linear, regression.factors(), UNDAMPED)
     costs = structure_costs(live, Cost.OBD, WHERE)
     before = regression.loss(regression.linear)
     for row in range(N_OUT):
@@ -127,7 +127,7 @@ def test_obd_cost_is_the_rise_when_one_structure_goes(bias: bool) -> None:
 @BIASES
 def test_obs_cost_is_the_least_rise_when_one_structure_goes(bias: bool) -> None:
     regression = make_regression(bias)
-    live = live_curvature(regression.linear, regression.factors(), UNDAMPED, WHERE)
+    live = kfac_linear(regression.linear, regression.factors(), UNDAMPED)
     costs = structure_costs(live, Cost.OBS, WHERE)
     before = regression.loss(regression.linear)
     for row in range(N_OUT):
@@ -142,9 +142,9 @@ def test_obs_cost_is_the_least_rise_when_one_structure_goes(bias: bool) -> None:
 @BIASES
 def test_predicted_cost_is_the_rise_of_the_loss(bias: bool, rule: UpdateRule) -> None:
     regression = make_regression(bias)
-    live = live_curvature(regression.linear, regression.factors(), UNDAMPED, WHERE)
+    live = kfac_linear(regression.linear, regression.factors(), UNDAMPED)
     rows, columns = masks([1], [0, 3])
-    result = update_linear(live, rows, columns, rule, WHERE)
+    result = update_structures(live, rows, columns, UpdateSpec(rule), WHERE)
     before = regression.loss(regression.linear)
     rise = regression.loss(result.linear) - before
     assert result.predicted_cost == pytest.approx(rise, rel=1e-6)

@@ -3,18 +3,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from surgeon.curvature import damping as damping_module
+from surgeon.curvature.damping import factorise, triangular_inverse
 from surgeon.curvature.factors import LinearFactors
 from surgeon.errors import NumericalError
-from surgeon.pruning import damped as damped_module
-from surgeon.pruning.damped import (
-    Damping,
-    factorise,
-    live_curvature,
-    select,
-    triangular_inverse,
-    without_dead,
-)
 from surgeon.pruning.linear import PrunedLinear
+from surgeon.pruning.live import select, without_dead
+from surgeon.recipe import Damping
 from tests.surgeon.pruning.dense import (
     CASES,
     COLUMN_WITHOUT_INPUT,
@@ -24,6 +19,7 @@ from tests.surgeon.pruning.dense import (
     WHERE,
     Case,
     damped,
+    kfac_linear,
     make_problem,
     random,
 )
@@ -40,17 +36,17 @@ def plain_factors(n_out: int, n_in: int) -> LinearFactors:
 @pytest.mark.parametrize("case", CASES)
 def test_live_curvature_is_the_restriction_of_weight_and_factors(case: Case) -> None:
     problem = make_problem(case)
-    live = live_curvature(problem.linear, problem.factors, DAMPING, WHERE)
+    live = kfac_linear(problem.linear, problem.factors, DAMPING)
     assert live.linear.live_rows.nonzero()[:, 0].tolist() == problem.rows
     assert live.linear.live_columns.nonzero()[:, 0].tolist() == problem.columns
     assert (live.n_dead_rows, live.n_dead_columns) == (problem.n_dead_rows, problem.n_dead_columns)
     assert live.n_live_columns == len(problem.columns)
     assert torch.equal(live.weight, problem.w)
-    assert_close(live.activations.matrix, problem.a)
-    assert_close(live.gradients.matrix, problem.g)
-    assert_close(live.activations.damped, problem.a_damped)
-    assert_close(live.gradients.damped, problem.g_damped)
-    for factor in (live.activations, live.gradients):
+    assert_close(live.curvature.activations.matrix, problem.a)
+    assert_close(live.curvature.gradients.matrix, problem.g)
+    assert_close(live.curvature.activations.damped, problem.a_damped)
+    assert_close(live.curvature.gradients.damped, problem.g_damped)
+    for factor in (live.curvature.activations, live.curvature.gradients):
         assert_close(factor.cholesky @ factor.cholesky.T, factor.damped)
         assert_close(factor.inverse_diagonal(), torch.linalg.inv(factor.damped).diagonal(), rtol=1e-9, atol=1e-12)
         assert factor.escalations == 0
@@ -61,12 +57,12 @@ def test_factors_in_float32_are_damped_in_float64(case: Case) -> None:
     problem = make_problem(case)
     f = problem.factors
     single = LinearFactors(f.activations.float(), f.mean_input.float(), f.gradients.float())
-    live = live_curvature(problem.linear, single, DAMPING, WHERE)
+    live = kfac_linear(problem.linear, single, DAMPING)
     expected = damped(single.gradients.double()[problem.rows][:, problem.rows], DAMPING.gradients)
-    assert live.gradients.damped.dtype is torch.float64
-    assert_close(live.gradients.damped, expected, rtol=1e-14, atol=1e-14)
-    assert live.activations.damped.dtype is torch.float64
-    assert_close(live.activations.damped, problem.a_damped, rtol=1e-6, atol=1e-6)
+    assert live.curvature.gradients.damped.dtype is torch.float64
+    assert_close(live.curvature.gradients.damped, expected, rtol=1e-14, atol=1e-14)
+    assert live.curvature.activations.damped.dtype is torch.float64
+    assert_close(live.curvature.activations.damped, problem.a_damped, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -120,7 +116,7 @@ def test_an_entirely_dead_linear_has_nothing_left(how: str, biased: bool) -> Non
         torch.zeros(3, 3) if how == "no gradient" else torch.eye(3),
     )
     linear = PrunedLinear.dense(weight, torch.zeros(3) if biased else None)
-    live = live_curvature(linear, factors, DAMPING, WHERE)
+    live = kfac_linear(linear, factors, DAMPING)
     assert live.linear.n_live_weights == 0
     assert not live.linear.live_rows.any()
     assert not live.linear.live_columns.any()
@@ -131,14 +127,14 @@ def test_an_entirely_dead_linear_has_nothing_left(how: str, biased: bool) -> Non
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 5, 8, 13])
 def test_a_triangular_inverse_by_halves(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(damped_module, "_LEAF", 2)
+    monkeypatch.setattr(damping_module, "_LEAF", 2)
     lower = random(torch.Generator().manual_seed(n), n, n).tril(-1) + 2 * torch.eye(n, dtype=torch.float64)
     inverse = triangular_inverse(lower)
     assert_close(inverse, torch.linalg.inv(lower), rtol=1e-10, atol=1e-10)
     assert not inverse.triu(1).any()
 
 
-@pytest.mark.parametrize("n", [damped_module._LEAF, damped_module._LEAF + 1, 2 * damped_module._LEAF + 7])
+@pytest.mark.parametrize("n", [damping_module._LEAF, damping_module._LEAF + 1, 2 * damping_module._LEAF + 7])
 def test_diagonal_of_the_inverse_of_a_wide_factor(n: int) -> None:
     x = random(torch.Generator().manual_seed(n), n // 2, n)
     factor = factorise(x.T @ x / len(x), 0.01, WHERE)
@@ -161,7 +157,7 @@ def test_the_factors_of_a_linear_without_dead_structures_are_not_changed() -> No
     problem = make_problem(Case(bias=False, removed=False, few_tokens=False, dead=False))
     f = problem.factors
     before = f.activations.clone(), f.gradients.clone(), problem.linear.weight.clone()
-    live_curvature(problem.linear, f, DAMPING, WHERE)
+    kfac_linear(problem.linear, f, DAMPING)
     after = f.activations, f.gradients, problem.linear.weight
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
@@ -177,18 +173,18 @@ def test_damping_is_relative_to_the_mean_of_the_diagonal() -> None:
 def test_the_mean_of_the_diagonal_is_over_live_structures_and_the_bias() -> None:
     weight = torch.tensor([[1.0, 0.0, 1.0]])
     factors = LinearFactors(diagonal(3.0, 100.0, 5.0), torch.zeros(3, dtype=torch.float64), diagonal(2.0))
-    without = live_curvature(PrunedLinear.dense(weight, None), factors, Damping(1.0, 0.0), WHERE)
-    assert_close(without.activations.damped, diagonal(3.0 + 4, 5.0 + 4))
-    biased = live_curvature(PrunedLinear.dense(weight, torch.ones(1)), factors, Damping(1.0, 0.0), WHERE)
-    assert_close(biased.activations.damped, diagonal(3.0 + 3, 5.0 + 3, 1.0 + 3))
+    without = kfac_linear(PrunedLinear.dense(weight, None), factors, Damping(1.0, 0.0))
+    assert_close(without.curvature.activations.damped, diagonal(3.0 + 4, 5.0 + 4))
+    biased = kfac_linear(PrunedLinear.dense(weight, torch.ones(1)), factors, Damping(1.0, 0.0))
+    assert_close(biased.curvature.activations.damped, diagonal(3.0 + 3, 5.0 + 3, 1.0 + 3))
 
 
 def test_each_factor_has_its_own_damping() -> None:
     problem = make_problem(Case(bias=True, removed=False, few_tokens=False, dead=False))
-    live = live_curvature(problem.linear, problem.factors, Damping(activations=0.5, gradients=0.25), WHERE)
-    assert_close(live.activations.damped, damped(problem.a, 0.5))
-    assert_close(live.gradients.damped, damped(problem.g, 0.25))
-    assert (live.activations.damping, live.gradients.damping) == (0.5, 0.25)
+    live = kfac_linear(problem.linear, problem.factors, Damping(activations=0.5, gradients=0.25))
+    assert_close(live.curvature.activations.damped, damped(problem.a, 0.5))
+    assert_close(live.curvature.gradients.damped, damped(problem.g, 0.25))
+    assert (live.curvature.activations.damping, live.curvature.gradients.damping) == (0.5, 0.25)
 
 
 @pytest.mark.parametrize(
@@ -216,8 +212,8 @@ def test_damping_is_escalated_until_the_factor_is_positive_definite(
 @pytest.mark.parametrize(
     ("damping", "message"),
     [
-        (0.0, r"^block 0, fc1: the 2x2 factor .* even with damping 0\.001 \(asked: 0\)\. .*prune\.damping"),
-        (1e-4, r"even with damping 0\.1 \(asked: 0\.0001\)"),
+        (0.0, r"^block 0, fc1: the 2x2 factor .* even with damping 0\.001 \(asked: 0, raised 3 times; eigenvalues from -0\.5 to 1, condition number 2\)\. .*prune\.damping"),
+        (1e-4, r"even with damping 0\.1 \(asked: 0\.0001, raised 3 times"),
     ],
 )
 def test_after_three_escalations_the_message_says_what_was_tried(damping: float, message: str) -> None:
@@ -232,7 +228,7 @@ def test_nan_in_a_factor_is_never_taken_for_a_dead_structure(side: str, label: s
     row, column = entry
     getattr(factors, side)[row, column] = getattr(factors, side)[column, row] = torch.nan
     with pytest.raises(NumericalError, match=f"^block 0, fc1, {label}: the 3x3 factor"):
-        live_curvature(PrunedLinear.dense(torch.ones(3, 3), None), factors, DAMPING, WHERE)
+        kfac_linear(PrunedLinear.dense(torch.ones(3, 3), None), factors, DAMPING)
 
 
 def test_a_singular_factor_is_named_by_its_side_and_its_escalation_recorded() -> None:
@@ -240,10 +236,10 @@ def test_a_singular_factor_is_named_by_its_side_and_its_escalation_recorded() ->
     direction = torch.ones(N_IN, dtype=torch.float64)
     factors = LinearFactors(torch.outer(direction, direction), direction, torch.eye(4, dtype=torch.float64))
     linear = PrunedLinear.dense(random(generator, 4, N_IN).float(), None)
-    live = live_curvature(linear, factors, Damping(0.0, 0.0), WHERE)
-    assert (live.activations.escalations, live.gradients.escalations) == (1, 0)
-    assert live.activations.damping == pytest.approx(1e-5, rel=1e-12)
-    assert live.gradients.damping == 0.0
+    live = kfac_linear(linear, factors, Damping(0.0, 0.0))
+    assert (live.curvature.activations.escalations, live.curvature.gradients.escalations) == (1, 0)
+    assert live.curvature.activations.damping == pytest.approx(1e-5, rel=1e-12)
+    assert live.curvature.gradients.damping == 0.0
     indefinite = LinearFactors(torch.eye(N_IN), torch.zeros(N_IN), diagonal(1.0, 1.0, 1.0, -0.5))
     with pytest.raises(NumericalError, match=r"^block 0, fc1, outputs: the 4x4 factor"):
-        live_curvature(linear, indefinite, Damping(0.0, 0.0), WHERE)
+        kfac_linear(linear, indefinite, Damping(0.0, 0.0))

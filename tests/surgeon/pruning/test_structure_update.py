@@ -5,10 +5,12 @@ import torch
 from torch import Tensor
 
 from surgeon.choices import UpdateRule
+from surgeon.curvature.damping import Factorised
 from surgeon.errors import NonFiniteError, NumericalError
-from surgeon.pruning.damped import Damping, Factorised, live_curvature
 from surgeon.pruning.linear import PrunedLinear
-from surgeon.pruning.update import UpdateResult, update_linear
+from surgeon.pruning.structure_update import update_structures
+from surgeon.pruning.weight_update import UpdateResult
+from surgeon.recipe import Damping, UpdateSpec
 from tests.surgeon.pruning.dense import (
     CASES,
     DAMPING,
@@ -20,6 +22,7 @@ from tests.surgeon.pruning.dense import (
     best_change,
     factors_from,
     gone_mask,
+    kfac_linear,
     make_problem,
     objective,
     random,
@@ -40,8 +43,8 @@ def update(
     problem: Problem, gone_rows: tuple[int, ...], gone_columns: tuple[int, ...], rule: UpdateRule
 ) -> UpdateResult:
     """Removes live structures, given by their position among the live ones."""
-    live = live_curvature(problem.linear, problem.factors, DAMPING, WHERE)
-    return update_linear(live, *problem.masks(gone_rows, gone_columns), rule, WHERE)
+    live = kfac_linear(problem.linear, problem.factors, DAMPING)
+    return update_structures(live, *problem.masks(gone_rows, gone_columns), UpdateSpec(rule), WHERE)
 
 
 def assert_places(result: UpdateResult, problem: Problem, updated: Tensor) -> None:
@@ -179,12 +182,12 @@ def test_two_shots_without_damping_are_as_good_as_one(rows_first: bool, bias: bo
     undamped = Damping(0.0, 0.0)
     all_rows, all_columns = problem.masks([], [])
     rows, columns = problem.masks([0, 3], [1, 2, 4])
-    live = live_curvature(problem.linear, problem.factors, undamped, WHERE)
-    at_once = update_linear(live, rows, columns, UpdateRule.EXACT, WHERE)
+    live = kfac_linear(problem.linear, problem.factors, undamped)
+    at_once = update_structures(live, rows, columns, UpdateSpec(UpdateRule.EXACT), WHERE)
     middle = (rows, all_columns) if rows_first else (all_rows, columns)
-    first = update_linear(live, *middle, UpdateRule.EXACT, WHERE)
-    again = live_curvature(first.linear, problem.factors, undamped, WHERE)
-    second = update_linear(again, rows, columns, UpdateRule.EXACT, WHERE)
+    first = update_structures(live, *middle, UpdateSpec(UpdateRule.EXACT), WHERE)
+    again = kfac_linear(first.linear, problem.factors, undamped)
+    second = update_structures(again, rows, columns, UpdateSpec(UpdateRule.EXACT), WHERE)
     torch.testing.assert_close(second.linear.weight, at_once.linear.weight, rtol=1e-5, atol=1e-5)
     assert first.predicted_cost + second.predicted_cost == pytest.approx(at_once.predicted_cost, rel=1e-5)
 
@@ -271,8 +274,8 @@ def test_an_entirely_dead_linear_stays_zero(biased: bool, rule: UpdateRule) -> N
     generator = torch.Generator().manual_seed(0)
     factors = factors_from(random(generator, 20, N_IN), torch.zeros(20, N_OUT, dtype=torch.float64))
     linear = PrunedLinear.dense(torch.ones(N_OUT, N_IN), torch.ones(N_OUT) if biased else None)
-    live = live_curvature(linear, factors, DAMPING, WHERE)
-    result = update_linear(live, live.linear.live_rows, live.linear.live_columns, rule, WHERE)
+    live = kfac_linear(linear, factors, DAMPING)
+    result = update_structures(live, live.linear.live_rows, live.linear.live_columns, UpdateSpec(rule), WHERE)
     assert not result.linear.weight.any()
     assert result.linear.n_live_weights == 0
     assert (result.predicted_cost, result.relative_change) == (0.0, 0.0)
@@ -285,8 +288,8 @@ def test_only_the_bias_lives_on_when_no_input_arrives(rule: UpdateRule) -> None:
     generator = torch.Generator().manual_seed(0)
     factors = factors_from(torch.zeros(20, N_IN, dtype=torch.float64), random(generator, 20, N_OUT))
     bias = random(generator, N_OUT).float()
-    live = live_curvature(PrunedLinear.dense(torch.ones(N_OUT, N_IN), bias), factors, DAMPING, WHERE)
-    result = update_linear(live, live.linear.live_rows, live.linear.live_columns, rule, WHERE)
+    live = kfac_linear(PrunedLinear.dense(torch.ones(N_OUT, N_IN), bias), factors, DAMPING)
+    result = update_structures(live, live.linear.live_rows, live.linear.live_columns, UpdateSpec(rule), WHERE)
     assert not result.linear.weight.any()
     assert result.linear.bias is not None
     assert torch.equal(result.linear.bias, bias)
@@ -307,12 +310,12 @@ def test_weights_that_are_not_finite_are_an_error(rule: UpdateRule) -> None:
 def test_a_part_of_a_factor_that_is_not_positive_definite_is_an_error(gone: tuple[int, ...], size: int) -> None:
     problem = make_problem(PLAIN)
     assert len(problem.rows) == 6
-    live = live_curvature(problem.linear, problem.factors, DAMPING, WHERE)
+    live = kfac_linear(problem.linear, problem.factors, DAMPING)
     singular = torch.ones(6, 6, dtype=torch.float64)
-    live = dataclasses.replace(live, gradients=Factorised(singular, singular, singular * torch.nan, 0.0, 0))
+    live.curvature._rows._factorised = Factorised(singular, singular, singular * torch.nan, 0.0, 0)
     message = rf"^block 0, fc1, gradients: a {size}x{size} part .*not positive definite with damping 0; raise prune\."
     with pytest.raises(NumericalError, match=message):
-        update_linear(live, *problem.masks(gone, []), UpdateRule.EXACT, WHERE)
+        update_structures(live, *problem.masks(gone, []), UpdateSpec(UpdateRule.EXACT), WHERE)
 
 
 @pytest.mark.parametrize("n_gone", [1, 2, 3, 5, 8, 12, 15])
@@ -324,15 +327,15 @@ def test_few_and_many_removed_structures_are_solved_for_alike(few_tokens: bool, 
     inputs = random(generator, n_tokens, n_in) @ random(generator, n_in, n_in)
     gradients = random(generator, n_tokens, n_out) @ random(generator, n_out, n_out)
     linear = PrunedLinear.dense(random(generator, n_out, n_in).float(), None)
-    live = live_curvature(linear, factors_from(inputs, gradients), DAMPING, WHERE)
-    w, g, a = linear.weight.double(), live.gradients.damped, live.activations.damped
+    live = kfac_linear(linear, factors_from(inputs, gradients), DAMPING)
+    w, g, a = linear.weight.double(), live.curvature.gradients.damped, live.curvature.activations.damped
     gone_rows = torch.randperm(n_out, generator=generator)[:n_gone].tolist()
     gone_columns = torch.randperm(n_in, generator=generator)[:n_gone].tolist()
     kept_rows = [i for i in range(n_out) if i not in gone_rows]
     kept_columns = [j for j in range(n_in) if j not in gone_columns]
     rows = torch.tensor([i in kept_rows for i in range(n_out)])
     columns = torch.tensor([j in kept_columns for j in range(n_in)])
-    result = update_linear(live, rows, columns, UpdateRule.EXACT, WHERE)
+    result = update_structures(live, rows, columns, UpdateSpec(UpdateRule.EXACT), WHERE)
     # Stationary in every kept weight, which makes it the optimum of this convex problem.
     p = torch.linalg.solve(g[kept_rows][:, kept_rows], g[kept_rows][:, gone_rows])
     s = torch.linalg.solve(a[kept_columns][:, kept_columns], a[kept_columns][:, gone_columns]).T

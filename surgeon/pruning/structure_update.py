@@ -20,24 +20,15 @@ import torch
 from torch import Tensor
 
 from surgeon.choices import UpdateRule
+from surgeon.curvature.damping import Factorised
+from surgeon.curvature.diagonalised import DiagonalisedCurvature
+from surgeon.curvature.kronecker import KroneckerCurvature
 from surgeon.errors import NonFiniteError, NumericalError
-from surgeon.pruning.damped import Factorised, LiveCurvature
+from surgeon.pruning.conjugate import Convergence, Preconditioner, Problem, minimise
 from surgeon.pruning.linear import PrunedLinear
-
-
-@dataclass(frozen=True)
-class UpdateResult:
-    """A linear after the shot.
-
-    Attributes:
-        linear: new weight, bias and live sets; float32, removed entries exactly zero.
-        predicted_cost: rise of the loss under the damped curvature, nats per token.
-        relative_change: norm of the change of kept weights over the norm of the weights before.
-    """
-
-    linear: PrunedLinear
-    predicted_cost: float
-    relative_change: float
+from surgeon.pruning.live import LiveLinear
+from surgeon.pruning.weight_update import UpdateResult
+from surgeon.recipe import UpdateSpec
 
 
 @dataclass(frozen=True)
@@ -54,45 +45,95 @@ class _Elimination:
     schur: Tensor
 
 
-def update_linear(
-    curvature: LiveCurvature, live_rows: Tensor, live_columns: Tensor, rule: UpdateRule, where: str
+def update_structures(
+    live: LiveLinear, live_rows: Tensor, live_columns: Tensor, spec: UpdateSpec, where: str
 ) -> UpdateResult:
     """Removes rows and columns and updates the rest.
 
     Args:
-        curvature: the linear before the shot, with its damped factors over live structures.
+        live: the linear before the shot, float64, with its damped curvature.
         live_rows: `[n_out]` bool, what stays; a subset of what lived.
         live_columns: `[n_in]` bool, likewise.
-        rule: exact joint update, the published independent one, or none.
+        spec: exact joint update, the published independent one, or none.
         where: block and linear, for the error message.
 
     Raises:
         NumericalError: if the kept part of a factor is not positive definite (rounding, without damping).
         NonFiniteError: if an updated weight is not finite.
     """
-    before = curvature.linear
+    before = live.linear
     keep_rows = live_rows[before.live_rows]
     keep_columns = live_columns[before.live_columns]
-    if before.bias is not None:
+    if live.has_bias:
         keep_columns = torch.cat([keep_columns, torch.ones(1, dtype=torch.bool, device=keep_columns.device)])
-    rows = _eliminate(curvature.gradients, keep_rows, f"{where}, gradients")
-    columns = _eliminate(curvature.activations, keep_columns, f"{where}, activations")
-    weight = curvature.weight
-    if rule is UpdateRule.EXACT:
-        updated, predicted = _exact(weight, rows, columns, curvature)
+    weight = live.weight
+    convergence = None
+    if spec.rule is UpdateRule.NONE:
+        updated = weight * (keep_rows[:, None] & keep_columns[None, :])
+        predicted = live.curvature.energy(updated - weight)
+    elif isinstance(live.curvature, KroneckerCurvature):
+        updated, predicted = _by_elimination(live, live.curvature, keep_rows, keep_columns, spec, where)
     else:
-        updated = _independent(weight, rows, columns) if rule is UpdateRule.INDEPENDENT else weight.clone()
-        updated[rows.removed] = 0
-        updated[:, columns.removed] = 0
-        delta = updated - weight
-        spread = curvature.gradients.damped @ delta @ curvature.activations.damped
-        predicted = 0.5 * float((spread * delta).sum())
+        updated, predicted, convergence = _by_iteration(live, keep_rows, keep_columns, spec, where)
     if not torch.isfinite(updated).all():
         raise NonFiniteError(f"{where}: the update gave weights that are not finite; raise prune.damping")
-    kept = weight[rows.kept][:, columns.kept]
-    change = updated[rows.kept][:, columns.kept] - kept
+    change = (updated - weight)[keep_rows][:, keep_columns]
     relative = float(change.norm() / weight.norm()) if weight.numel() else 0.0
-    return UpdateResult(_place(before, updated, live_rows, live_columns), predicted, relative)
+    linear = PrunedLinear(live.placed(updated.float()), live.placed_bias(updated.float()), live_rows, live_columns)
+    return UpdateResult(linear, predicted, relative, convergence)
+
+
+def _by_elimination(
+    live: LiveLinear,
+    curvature: KroneckerCurvature,
+    keep_rows: Tensor,
+    keep_columns: Tensor,
+    spec: UpdateSpec,
+    where: str,
+) -> tuple[Tensor, float]:
+    """The solution in closed form for one Kronecker product."""
+    rows = _eliminate(curvature.gradients, keep_rows, f"{where}, gradients")
+    columns = _eliminate(curvature.activations, keep_columns, f"{where}, activations")
+    weight, offset = live.weight, 0.0
+    if spec.newton_step and live.loss_gradient is not None:
+        step = spec.newton_step * curvature.solve(live.loss_gradient)
+        weight, offset = weight - step, -curvature.energy(step)
+    if spec.rule is UpdateRule.EXACT:
+        updated, predicted = _exact(weight, rows, columns, curvature)
+        return updated, predicted + offset
+    updated = _independent(weight, rows, columns)
+    updated[rows.removed] = 0
+    updated[:, columns.removed] = 0
+    return updated, curvature.energy(updated - weight)
+
+
+def _by_iteration(
+    live: LiveLinear, keep_rows: Tensor, keep_columns: Tensor, spec: UpdateSpec, where: str
+) -> tuple[Tensor, float, Convergence]:
+    """Conjugate gradients, preconditioned with the closed form of a Kronecker product that is near."""
+    keep = keep_rows[:, None] & keep_columns[None, :]
+    gradient = None if live.loss_gradient is None or not spec.newton_step else spec.newton_step * live.loss_gradient
+    problem = Problem(live.curvature, live.weight, keep, gradient, where)
+    precondition = _kept_product(live.curvature, keep_rows, keep_columns, where)
+    change, predicted, convergence = minimise(problem, precondition, spec.max_iterations, spec.tolerance)
+    return (live.weight + change) * keep, predicted, convergence
+
+
+def _kept_product(curvature: object, keep_rows: Tensor, keep_columns: Tensor, where: str) -> Preconditioner:
+    """``(Ĝ_KK ⊗ Â_KK)⁻¹`` over kept rows and columns."""
+    assert isinstance(curvature, DiagonalisedCurvature), f"{where}: no Kronecker product is near"
+    rows, columns = keep_rows.nonzero()[:, 0], keep_columns.nonzero()[:, 0]
+    sides = []
+    for matrix, kept, damping in zip(curvature.nearby, (rows, columns), reversed(curvature.damping), strict=True):
+        sides.append(_cholesky(matrix[kept][:, kept], damping, where))
+
+    def solve(residual: Tensor) -> Tensor:
+        inner = torch.cholesky_solve(residual[rows][:, columns], sides[0])
+        result = torch.zeros_like(residual)
+        result[rows[:, None], columns[None, :]] = torch.cholesky_solve(inner.T, sides[1]).T
+        return result
+
+    return solve
 
 
 def _eliminate(factor: Factorised, keep: Tensor, where: str) -> _Elimination:
@@ -110,27 +151,29 @@ def _eliminate(factor: Factorised, keep: Tensor, where: str) -> _Elimination:
         unit = m.new_zeros(n, q)
         unit[removed, torch.arange(q, device=m.device)] = 1.0
         inverse = torch.cholesky_solve(unit, factor.cholesky)
-        block = _cholesky(inverse[removed], factor, where)
+        block = _cholesky(inverse[removed], factor.damping, where)
         schur = torch.cholesky_inverse(block)
         return _Elimination(kept, removed, -torch.cholesky_solve(inverse[kept].T, block).T, schur)
     cross = m[kept][:, removed]
-    spread = torch.cholesky_solve(cross, _cholesky(m[kept][:, kept], factor, where))
+    spread = torch.cholesky_solve(cross, _cholesky(m[kept][:, kept], factor.damping, where))
     return _Elimination(kept, removed, spread, m[removed][:, removed] - cross.T @ spread)
 
 
-def _cholesky(matrix: Tensor, factor: Factorised, where: str) -> Tensor:
+def _cholesky(matrix: Tensor, damping: float, where: str) -> Tensor:
     """Factorises a part of a damped factor (or of its inverse), which rounding can make indefinite."""
     cholesky, info = torch.linalg.cholesky_ex(matrix)
     if int(info) != 0:
         raise NumericalError(
             f"{where}: a {matrix.shape[0]}x{matrix.shape[0]} part of the factor is not positive definite with damping "
-            f"{factor.damping:g}; raise prune.damping"
+            f"{damping:g}; raise prune.damping"
         )
     result: Tensor = cholesky
     return result
 
 
-def _exact(weight: Tensor, rows: _Elimination, columns: _Elimination, curvature: LiveCurvature) -> tuple[Tensor, float]:
+def _exact(
+    weight: Tensor, rows: _Elimination, columns: _Elimination, curvature: KroneckerCurvature
+) -> tuple[Tensor, float]:
     updated = weight.clone()
     gone = weight[:, columns.removed]
     predicted = 0.5 * ((curvature.gradients.damped @ gone) * (gone @ columns.schur)).sum()
@@ -148,16 +191,3 @@ def _independent(weight: Tensor, rows: _Elimination, columns: _Elimination) -> T
     updated[:, columns.kept] += weight[:, columns.removed] @ columns.spread.T
     updated[rows.kept] += rows.spread @ weight[rows.removed]
     return updated
-
-
-def _place(before: PrunedLinear, updated: Tensor, live_rows: Tensor, live_columns: Tensor) -> PrunedLinear:
-    """Puts the live part back into the full shape, float32, zeros elsewhere."""
-    n_live_columns = int(before.live_columns.sum())
-    weight = torch.zeros(before.weight.shape, dtype=torch.float32, device=updated.device)
-    row_index = before.live_rows.nonzero()[:, 0]
-    weight[row_index[:, None], before.live_columns.nonzero()[:, 0][None, :]] = updated[:, :n_live_columns].float()
-    bias = None
-    if before.bias is not None:
-        bias = torch.zeros(before.bias.shape, dtype=torch.float32, device=updated.device)
-        bias[row_index] = updated[:, n_live_columns].float()
-    return PrunedLinear(weight, bias, live_rows, live_columns)

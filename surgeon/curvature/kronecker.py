@@ -1,0 +1,169 @@
+"""One Kronecker product: ``F = G ⊗ A``, so that ``F X = G X A``.
+
+K-FAC and the nearest Kronecker product have both factors, `activations` has ``G = I``, `identity` has neither. A factor
+is damped and factorised when something is first asked that needs it; applying needs no factorisation.
+
+=========  =======================  ================================
+structure  OBD (others fixed)       OBS (others re-optimised)
+=========  =======================  ================================
+row r      ``½ G_rr  w_rᵀ A w_r``   ``½ w_rᵀ A w_r / [Ĝ⁻¹]_rr``
+column c   ``½ A_cc  w_cᵀ G w_c``   ``½ w_cᵀ G w_c / [Â⁻¹]_cc``
+weight rc  ``½ W_rc² G_rr A_cc``    ``½ W_rc² / ([Ĝ⁻¹]_rr [Â⁻¹]_cc)``
+=========  =======================  ================================
+
+Reference: Martens & Grosse 2015 (K-FAC); LeCun et al. 1989 (OBD); Hassibi & Stork 1992 (OBS); van der Ouderaa et al.
+2024 (LLM Surgeon), section 3.2.
+"""
+
+import torch
+from torch import Tensor
+
+from surgeon.choices import Cost
+from surgeon.curvature.damping import Factorised, damped, factorise
+from surgeon.curvature.interface import LinearCurvature
+from surgeon.recipe import Damping
+
+
+class _Side:
+    """One factor of the product, or the identity, with what has been derived from it so far.
+
+    Args:
+        matrix: `[n, n]` any float dtype, or None for the identity.
+        n: its size.
+        damping: relative.
+        where: block, linear and side, for error messages.
+    """
+
+    def __init__(self, matrix: Tensor | None, n: int, damping: float, where: str) -> None:
+        self.matrix = matrix
+        self.n = n
+        self._asked = damping
+        self._where = where
+        self._damped: dict[torch.dtype, Tensor] = {}
+        self._factorised: Factorised | None = None
+
+    @property
+    def factorised(self) -> Factorised:
+        """Damped and factorised, in float64."""
+        if self._factorised is None:
+            matrix = torch.eye(self.n, dtype=torch.float64) if self.matrix is None else self.matrix.double()
+            self._factorised = factorise(matrix, self._asked, self._where)
+            self._damped.clear()  # the damping may have been raised
+        return self._factorised
+
+    @property
+    def damping(self) -> float:
+        """Relative damping in force."""
+        return self._asked if self._factorised is None else self._factorised.damping
+
+    @property
+    def escalations(self) -> int:
+        """How often it had to be raised."""
+        return 0 if self._factorised is None else self._factorised.escalations
+
+    def damped(self, dtype: torch.dtype) -> Tensor:
+        """With damping, in some dtype."""
+        assert self.matrix is not None, "the identity is not multiplied with"
+        if dtype not in self._damped:
+            done = self._factorised
+            matrix = damped(self.matrix.double(), self.damping) if done is None else done.damped
+            self._damped[dtype] = matrix.to(dtype)
+        return self._damped[dtype]
+
+    def diagonal(self) -> Tensor:
+        """Diagonal without damping, `[n]` float64; of ones for the identity."""
+        return torch.ones(self.n, dtype=torch.float64) if self.matrix is None else self.matrix.diagonal().double()
+
+    def damped_diagonal(self) -> Tensor:
+        """Diagonal with damping, `[n]` float64."""
+        diagonal = self.diagonal()
+        return diagonal if self.matrix is None or not self.n else diagonal + self.damping * diagonal.mean()
+
+    def scales(self, cost: Cost) -> Tensor:
+        """For OBD the diagonal; for OBS one over that of the inverse of the damped factor, `[n]` float64."""
+        if cost is Cost.OBD or self.matrix is None:
+            return self.diagonal()
+        return 1.0 / self.factorised.inverse_diagonal()
+
+
+class KroneckerCurvature(LinearCurvature):
+    """``Ĝ ⊗ Â`` with either factor possibly the identity, which is not damped.
+
+    Args:
+        gradients: ``G`` `[n_out, n_out]`, or None for the identity.
+        activations: ``A`` `[n_in (+ 1), n_in (+ 1)]`, or None for the identity.
+        shape: of the live weight, with the bias.
+        damping: relative, of both factors.
+        where: block and linear, for error messages.
+    """
+
+    def __init__(
+        self, gradients: Tensor | None, activations: Tensor | None, shape: tuple[int, int], damping: Damping, where: str
+    ) -> None:
+        self.shape = shape
+        self._rows = _Side(gradients, shape[0], damping.gradients, f"{where}, outputs")
+        self._columns = _Side(activations, shape[1], damping.activations, f"{where}, inputs")
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether ``G`` is not the identity."""
+        return self._rows.matrix is not None
+
+    @property
+    def gradients(self) -> Factorised:
+        """``Ĝ``, factorised."""
+        return self._rows.factorised
+
+    @property
+    def activations(self) -> Factorised:
+        """``Â``, factorised."""
+        return self._columns.factorised
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``Ĝ X Â``."""
+        if self._rows.matrix is not None:
+            x = self._rows.damped(x.dtype) @ x
+        if self._columns.matrix is not None:
+            x = x @ self._columns.damped(x.dtype)
+        return x
+
+    def solve(self, x: Tensor) -> Tensor:
+        """``Ĝ⁻¹ X Â⁻¹``."""
+        x = x.double()
+        if self._rows.matrix is not None:
+            x = self.gradients.solve(x)
+        if self._columns.matrix is not None:
+            x = self.activations.solve(x.T).T
+        return x
+
+    def damped_diagonal(self) -> Tensor:
+        """``diag(Ĝ) diag(Â)ᵀ``."""
+        return self._rows.damped_diagonal()[:, None] * self._columns.damped_diagonal()[None, :]
+
+    def row_costs(self, weight: Tensor, cost: Cost) -> Tensor:
+        """See the table of the module."""
+        weight = weight.double()
+        matrix = self._columns.matrix
+        energy = ((weight if matrix is None else weight @ matrix.double()) * weight).sum(dim=1)
+        return 0.5 * energy * self._rows.scales(cost)
+
+    def column_costs(self, weight: Tensor, cost: Cost) -> Tensor:
+        """See the table of the module."""
+        weight = weight.double()
+        matrix = self._rows.matrix
+        energy = ((weight if matrix is None else matrix.double() @ weight) * weight).sum(dim=0)
+        return 0.5 * energy * self._columns.scales(cost)
+
+    def weight_scales(self, cost: Cost) -> Tensor:
+        """See the table of the module."""
+        return 0.5 * self._rows.scales(cost)[:, None] * self._columns.scales(cost)[None, :]
+
+    @property
+    def damping(self) -> tuple[float, float]:
+        """Relative damping in force, of inputs and outputs."""
+        return self._columns.damping, self._rows.damping
+
+    @property
+    def escalations(self) -> int:
+        """How often damping had to be raised, of what has been factorised."""
+        return self._columns.escalations + self._rows.escalations
