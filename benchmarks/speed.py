@@ -31,8 +31,9 @@ from flows.session import Session
 from flows.stages import run_all
 from flows.workspace import Workspace
 from surgeon.curvature.gram import add_gram
+from surgeon.curvature.kronecker_factors import InputObserver, OutputObserver
 from surgeon.passes.blockwise import BlockwiseModel
-from surgeon.passes.curvature import TokenArray, curvature_group
+from surgeon.passes.curvature import GroupPass, TokenArray, curvature_group, observed_block
 from surgeon.passes.loss import next_token_loss
 from tasks.stage import read_arrays
 
@@ -61,6 +62,17 @@ def bare_pass(model: PreTrainedModel, tokens: TokenArray, batch_size: int) -> No
         hidden = model.get_input_embeddings()(ids).detach().requires_grad_()
         loss = next_token_loss(model(inputs_embeds=hidden, use_cache=False).logits, ids)
         torch.autograd.grad(loss, hidden)
+
+
+def kfac_pass(model: BlockwiseModel, tokens: TokenArray, batch_size: int) -> None:
+    """The pass for the factors of K-FAC of all blocks."""
+    blocks = range(model.n_blocks)
+    seen = {index: observed_block(model, index) for index in blocks}
+    observers = {index: (InputObserver(block), OutputObserver(block)) for index, block in seen.items()}
+    curvature_group(model, GroupPass(tokens, blocks, batch_size), observers)
+    for inputs, outputs in observers.values():
+        inputs.result()
+        outputs.result()
 
 
 def products(shapes: list[tuple[int, int]], n_tokens: int) -> None:
@@ -97,7 +109,7 @@ def passes(session: Session, rounds: int) -> None:
     n_batches = -(-len(tokens) // batch)
     kinds: dict[str, Callable[[], Any]] = {
         "bare forward + backward": lambda: bare_pass(stock, tokens, batch),
-        "curvature pass": lambda: curvature_group(ours, tokens, groups, None, None, batch),
+        "curvature pass": lambda: kfac_pass(ours, tokens, batch),
         "triangular products alone": lambda: [
             products(list(squares.items()), batch * tokens.shape[1]) for _ in range(n_batches)
         ],

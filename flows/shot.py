@@ -12,8 +12,11 @@ from flows.session import Session
 from surgeon.pruning.damped import Damping
 from surgeon.store import Reference, Store
 from tasks.context import Context, ModelState, StoredBlock
-from tasks.curvature import BOUNDARY, FACTORS, GRADIENT, boundary_task, curvature_task, pass_request
+from tasks.curvature import BOUNDARY, GRADIENT
+from tasks.curvature import INPUT_FACTORS as FACTORS
+from tasks.curvature import statistic_request as pass_request
 from tasks.evaluation import evaluation_task
+from tasks.measuring import boundary_task, curvature_task
 from tasks.pruning import (
     COSTS,
     MASK,

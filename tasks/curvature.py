@@ -1,104 +1,184 @@
-"""Boundaries and Kronecker factors, one group of blocks at a time.
+"""Statistics of the calibration text, one stored object a block and kind, and what reads them back.
 
-Keys do not depend on the grouping: a factor belongs to its block, a boundary or gradient to the block it enters.
+Keys do not depend on the grouping of blocks: a statistic belongs to its block, a boundary or gradient to the block it
+enters. Nor does one depend on what else was computed in the same pass, so that methods share what they have in common.
 """
 
-import time
-from functools import partial
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from surgeon.curvature.factors import BlockFactors
-from surgeon.passes.curvature import FloatArray, TokenArray, curvature_group, forward_group
-from surgeon.store import Reference, Store, SymmetricMatrix
+import torch
+from torch import Tensor
+
+from surgeon.choices import Targets
+from surgeon.curvature.factors import EigenMoments, KroneckerTerms, LinearFactors
+from surgeon.curvature.spec import CurvatureSpec, Statistic
+from surgeon.passes.targets import EMPIRICAL, TokenTargets
+from surgeon.store import Reference, Store, StoredObject
 from tasks.context import Context, ModelState
-from tasks.progress import report
-from tasks.stage import Outcome, Product, Request, Stage, commit, produce, read_arrays, readable
-from tasks.weights import open_model
+from tasks.stage import Request, Stage
 
-_PASSES = ("surgeon.passes.blockwise", "surgeon.passes.curvature", "surgeon.passes.loss")
+_PASSES = ("surgeon.passes.blockwise", "surgeon.passes.curvature", "surgeon.passes.loss", "surgeon.passes.targets")
+_OBSERVED = (*_PASSES, "surgeon.curvature.observer", "surgeon.curvature.gram")
+_FACTORS = (*_OBSERVED, "surgeon.curvature.kronecker_factors")
+_WEIGHTS = (*_OBSERVED, "surgeon.curvature.weight_moments")
+_LIVE = ("surgeon.pruning.damped", "surgeon.pruning.linear")
 BOUNDARY = Stage("boundary", 1, _PASSES)
 GRADIENT = Stage("gradient", 1, _PASSES)
-FACTORS = Stage(
-    "factors",
+INPUT_FACTORS = Stage(Statistic.INPUT_FACTORS.value, 1, _FACTORS)
+OUTPUT_FACTORS = Stage(Statistic.OUTPUT_FACTORS.value, 1, _FACTORS)
+DIAGONAL = Stage(Statistic.DIAGONAL.value, 1, _WEIGHTS)
+LOSS_GRADIENT = Stage(Statistic.LOSS_GRADIENT.value, 1, _WEIGHTS)
+MOMENTS = Stage(
+    Statistic.MOMENTS.value,
     1,
-    (*_PASSES, "surgeon.curvature.gram", "surgeon.curvature.factors", "surgeon.curvature.observer"),
+    (*_OBSERVED, *_LIVE, "surgeon.curvature.factors", "surgeon.curvature.eigenbasis"),
 )
+KRONECKER_TERMS = Stage(
+    Statistic.KRONECKER_TERMS.value,
+    1,
+    (*_OBSERVED, "surgeon.curvature.factors", "surgeon.curvature.nearest"),
+)
+STAGES = {
+    Statistic(stage.kind): stage
+    for stage in (INPUT_FACTORS, OUTPUT_FACTORS, DIAGONAL, LOSS_GRADIENT, MOMENTS, KRONECKER_TERMS)
+}
+FIRST_LEVEL = (Statistic.INPUT_FACTORS, Statistic.OUTPUT_FACTORS, Statistic.DIAGONAL, Statistic.LOSS_GRADIENT)
+"""Computed by the pass that goes through the whole model."""
+SECOND_LEVEL = (Statistic.MOMENTS, Statistic.KRONECKER_TERMS)
+"""Computed by further passes through a group of blocks, from the factors of K-FAC."""
+STARTING_POINT = (Statistic.INPUT_FACTORS, Statistic.OUTPUT_FACTORS)
+"""What those of the second level start from."""
 
 
-def pass_request(
-    context: Context, stage: Stage, state: ModelState, calibration: Reference, block: int, label: str
+@dataclass(frozen=True)
+class Measured:
+    """What statistics are taken of.
+
+    Attributes:
+        state: the model.
+        calibration: its sequences.
+        spec: targets, rank and iterations.
+        label: readable name of the shot.
+    """
+
+    state: ModelState
+    calibration: Reference
+    spec: CurvatureSpec
+    label: str
+
+    def targets(self, statistic: Statistic) -> TokenTargets:
+        """Next tokens a statistic is taken for: the gradient of the loss is that of the text, whatever the curvature.
+
+        (The mean gradient over the model's own draws is zero but for noise.)
+        """
+        spec = self.spec
+        if statistic is Statistic.LOSS_GRADIENT or spec.targets is Targets.EMPIRICAL:
+            return EMPIRICAL
+        return TokenTargets(spec.targets, spec.draws, spec.seed)
+
+
+def boundary_request(context: Context, measured: Measured, block: int) -> Request:
+    """The request for the hidden states that enter a block."""
+    return _request(context, BOUNDARY, measured, block, {}, {})
+
+
+def gradient_request(context: Context, measured: Measured, targets: TokenTargets, block: int) -> Request:
+    """The request for the gradient of the loss at the input of a block."""
+    parameters = targets.parameters if targets.sampled else {}
+    return _request(context, GRADIENT, measured, block, parameters, {})
+
+
+def statistic_request(context: Context, measured: Measured, statistic: Statistic, block: int) -> Request | None:
+    """The request for a statistic of a block; None if what it starts from has never been computed."""
+    parameters: dict[str, Any] = {}
+    if statistic is not Statistic.INPUT_FACTORS:
+        parameters |= measured.targets(statistic).parameters
+    if statistic is Statistic.KRONECKER_TERMS:
+        parameters |= {"rank": measured.spec.rank, "iterations": measured.spec.iterations}
+    inputs = {}
+    if statistic in SECOND_LEVEL:
+        for start in STARTING_POINT:
+            reference = find_statistic(context, measured, start, block)
+            if reference is None:
+                return None
+            inputs[start.value] = reference.digest
+    return _request(context, STAGES[statistic], measured, block, parameters, inputs)
+
+
+def find_statistic(context: Context, measured: Measured, statistic: Statistic, block: int) -> Reference | None:
+    """The reference of a statistic that was computed once, whether or not its arrays are still there."""
+    request = statistic_request(context, measured, statistic, block)
+    return None if request is None else Store(context.store).lookup(request.key(context))
+
+
+def _request(
+    context: Context,
+    stage: Stage,
+    measured: Measured,
+    block: int,
+    parameters: Mapping[str, Any],
+    inputs: Mapping[str, str],
 ) -> Request:
-    """The request for the factors of a block, or for the hidden states or gradient entering it."""
     return Request(
         stage,
-        {"block": block, "batch_size": context.batch_size},
-        {"weights": state.digest, "calibration": calibration.digest},
-        f"{label}/block-{block:02d}/{stage.kind}",
+        {"block": block, "batch_size": context.batch_size, **parameters},
+        {"weights": measured.state.digest, "calibration": measured.calibration.digest, **inputs},
+        f"{measured.label}/block-{block:02d}/{stage.kind}",
     )
 
 
-def boundary_task(
-    context: Context, state: ModelState, calibration: Reference, group: range, label: str
-) -> Outcome[Reference]:
-    """Hidden states that leave a group of blocks, `[n_sequences, length, width]` float32, from those that enter it."""
+def read_statistics(
+    context: Context, references: Mapping[Statistic, Reference], linears: Collection[str]
+) -> dict[str, LinearFactors]:
+    """Statistics of some linears of one block from the store, on the context's device.
 
-    def compute() -> Product:
-        tokens = read_arrays(context, calibration.key)["tokens"]
-        boundary = _entering(context, BOUNDARY, state, calibration, group.start) if group.start else None
-        progress = partial(report, f"{label}: forward, blocks {group.start}-{group.stop - 1}")
-        hidden = forward_group(open_model(context, state), tokens, group, boundary, context.batch_size, progress)
-        return Product({"hidden": hidden})
+    Args:
+        context: store and device.
+        references: of one block, by kind; what is not there is None in the result.
+        linears: names.
 
-    return produce(context, pass_request(context, BOUNDARY, state, calibration, group.stop, label), compute)
-
-
-def curvature_task(
-    context: Context, state: ModelState, calibration: Reference, group: range, label: str
-) -> Outcome[list[Reference]]:
-    """Factors of every block of a group, and the gradient that leaves it downwards (not for the first group).
-
-    Boundary and gradient from above must be in the store already. Objects that exist are left alone.
+    Returns:
+        By linear, in the order given. What linears have in common is one tensor.
     """
     store = Store(context.store)
-    requests = {b: pass_request(context, FACTORS, state, calibration, b, label) for b in group}
-    gradient = pass_request(context, GRADIENT, state, calibration, group.start, label)
-    everything = [*requests.values(), *([gradient] if group.start else [])]
-    with store.lock(requests[group.start].key(context)):
-        keys = [request.key(context) for request in everything]
-        found = [readable(store, key) for key in keys]
-        if all(reference is not None for reference in found):
-            return Outcome([ref for ref in found if ref is not None][: len(group)], cached=True, seconds=0.0)
-        start = time.perf_counter()
-        tokens: TokenArray = read_arrays(context, calibration.key)["tokens"]
-        boundary = _entering(context, BOUNDARY, state, calibration, group.start) if group.start else None
-        above = None
-        if group.stop < context.model.n_blocks:
-            above = _entering(context, GRADIENT, state, calibration, group.stop)
-        progress = partial(report, f"{label}: curvature, blocks {group.start}-{group.stop - 1}")
-        result = curvature_group(
-            open_model(context, state), tokens, group, boundary, above, context.batch_size, progress
-        )
-        if result.gradient_below is not None:
-            commit(context, gradient, Product({"hidden": result.gradient_below}), start)
-        share = (time.perf_counter() - start) / len(group)
-        references = []
-        for block in list(result.factors):
-            begun = time.perf_counter() - share
-            factors = _factor_product(result.factors.pop(block))
-            references.append(commit(context, requests[block], factors, begun).value)
-        return Outcome(references, cached=False, seconds=time.perf_counter() - start)
+    stored = {statistic: _Tensors(store.open(ref.key), context.device) for statistic, ref in references.items()}
+    return {name: _linear_factors(stored, name) for name in linears}
 
 
-def _entering(context: Context, stage: Stage, state: ModelState, calibration: Reference, block: int) -> FloatArray:
-    key = pass_request(context, stage, state, calibration, block, "").key(context)
-    hidden: FloatArray = read_arrays(context, key)["hidden"]
-    return hidden
+@dataclass
+class _Tensors:
+    """Arrays of a stored object on a device; each is read once."""
+
+    stored: StoredObject
+    device: str
+    _read: dict[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._read:
+            self._read[name] = torch.from_numpy(self.stored.array(name)).to(self.device)
+        return self._read[name]
+
+    def source(self, linear: str) -> str:
+        """The linear under whose name the shared arrays of a linear are."""
+        return str(self.stored.attributes["reads"][linear])
 
 
-def _factor_product(factors: BlockFactors) -> Product:
-    arrays: dict[str, object] = {}
-    for name, activations in factors.activations.items():
-        arrays[f"{name}/A"] = SymmetricMatrix.from_full(activations.cpu().numpy())
-        arrays[f"{name}/mean_input"] = factors.mean_inputs[name].cpu().numpy()
-    for name, gradients in factors.gradients.items():
-        arrays[f"{name}/G"] = SymmetricMatrix.from_full(gradients.cpu().numpy())
-    return Product(arrays, {"reads": dict(factors.reads), "n_tokens": factors.n_tokens})
+def _linear_factors(stored: Mapping[Statistic, _Tensors], name: str) -> LinearFactors:
+    parts: dict[str, Any] = {}
+    if inputs := stored.get(Statistic.INPUT_FACTORS):
+        source = inputs.source(name)
+        parts |= {"activations": inputs[f"{source}/A"], "mean_input": inputs[f"{source}/mean_input"]}
+    if outputs := stored.get(Statistic.OUTPUT_FACTORS):
+        parts["gradients"] = outputs[f"{name}/G"]
+    if moments := stored.get(Statistic.MOMENTS):
+        basis_in = moments[f"{moments.source(name)}/basis_in"]
+        parts["moments"] = EigenMoments(moments[f"{name}/basis_out"], basis_in, moments[f"{name}/moments"])
+    if terms := stored.get(Statistic.KRONECKER_TERMS):
+        parts["terms"] = KroneckerTerms(terms[f"{name}/G"], terms[f"{name}/A"])
+    if diagonal := stored.get(Statistic.DIAGONAL):
+        parts["diagonal"] = diagonal[f"{name}/diagonal"]
+    if gradient := stored.get(Statistic.LOSS_GRADIENT):
+        parts["loss_gradient"] = gradient[f"{name}/gradient"]
+    return LinearFactors(**parts)

@@ -1,7 +1,7 @@
 """The one way a task makes a result: key → look up → compute → commit → small reference."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -11,6 +11,7 @@ from surgeon.store import Reference, Store, stage_key
 from tasks.context import Context
 
 T = TypeVar("T")
+P = TypeVar("P")
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,44 @@ def produce(context: Context, request: Request, compute: Callable[[], Product]) 
         start = time.perf_counter()
         product = compute()
         return commit(context, request, product, start)
+
+
+def produce_all(
+    context: Context,
+    requests: Mapping[P, Request],
+    lock_key: str,
+    compute: Callable[[Collection[P]], dict[P, Callable[[], Product]]],
+) -> Outcome[list[Reference]]:
+    """Several results of one computation: looks up those that are there, computes and commits the others.
+
+    Args:
+        context: where.
+        requests: what is wanted, by any name.
+        lock_key: processes that want any of this together do it one after the other.
+        compute: given the names of all that is missing, returns how to make each product, which is then done for one
+            after the other, so that not all are in memory twice.
+
+    Returns:
+        References in the order of the requests.
+    """
+    store = Store(context.store)
+    keys = {name: request.key(context) for name, request in requests.items()}
+    found = {name: readable(store, key) for name, key in keys.items()}
+    start = time.perf_counter()
+    cached = True
+    if None in found.values():
+        with store.lock(lock_key):
+            found = {name: readable(store, key) for name, key in keys.items()}
+            missing = [name for name, reference in found.items() if reference is None]
+            if missing:
+                cached, start = False, time.perf_counter()
+                makers = compute(missing)
+                share = (time.perf_counter() - start) / len(missing)
+                for name in missing:
+                    begun = time.perf_counter() - share
+                    found[name] = commit(context, requests[name], makers.pop(name)(), begun).value
+    references = [reference for reference in found.values() if reference is not None]
+    return Outcome(references, cached, 0.0 if cached else time.perf_counter() - start)
 
 
 def commit(context: Context, request: Request, product: Product, start: float) -> Outcome[Reference]:

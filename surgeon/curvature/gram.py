@@ -26,6 +26,20 @@ def add_gram(total: Tensor, x: Tensor) -> None:
         total[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
 
 
+def add_weighted_gram(total: Tensor, x: Tensor, weights: Tensor) -> None:
+    """Adds ``xᵀ diag(weights) x`` to the lower triangle of ``total``, as `add_gram` does.
+
+    Args:
+        total: `[n, n]` float32, changed in place.
+        x: `[n_tokens, n]` of the same dtype.
+        weights: `[n_tokens]`, of any sign.
+    """
+    n = total.shape[0]
+    for start in range(0, n, PANEL_WIDTH):
+        stop = min(start + PANEL_WIDTH, n)
+        total[start:stop, :stop].addmm_((x[:, start:stop] * weights[:, None]).T, x[:, :stop])
+
+
 def mirror_lower(matrix: Tensor) -> Tensor:
     """Copies the lower triangle over the upper one, in place, and returns the now exactly symmetric matrix.
 

@@ -1,51 +1,78 @@
-"""Hooks that turn what flows through the linears of a block into Kronecker factors.
+"""Hooks on the linears of one block: what all observers of a calibration pass have in common.
 
-Nothing is kept of a batch but its contribution to the sums; gradients with respect to weights are never formed.
+An observer sees the input of a linear when the block runs forward and the gradient of the loss at its output when it
+runs backward, batch by batch, and keeps nothing of a batch but its contribution to some sums. Where a sum needs both,
+what it needs of the input lives as long as the graph does.
 """
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from surgeon.curvature.factors import BlockFactors
-from surgeon.curvature.gram import add_gram, mirror_lower
 from surgeon.errors import NonFiniteError
 
+INPUT = "input activation"
+GRADIENT = "output gradient"
 
-class BlockObserver:
-    """Accumulates the factors of one block while batches run forward and backward through it.
 
-    Args:
+@dataclass(frozen=True)
+class ObservedBlock:
+    """The linears of one block, as an observer needs to know them.
+
+    Attributes:
         label: how the block is called in error messages, for example "block 7".
-        linears: name and module of each linear of the block.
+        linears: by name, in module order. Their weights need not be in memory yet.
         shared: groups of names of linears that read the same input; each linear is in exactly one group.
+        device: where the block runs.
     """
 
-    def __init__(self, label: str, linears: dict[str, nn.Linear], shared: Sequence[Sequence[str]]) -> None:
-        self._label = label
-        self._linears = linears
-        self._reads = {name: group[0] for group in shared for name in group}
-        self._activations = {group[0]: self._zeros(linears[group[0]], "in") for group in shared}
-        self._sums = {
-            name: torch.zeros(square.shape[0], device=square.device) for name, square in self._activations.items()
-        }
-        self._gradients = {name: self._zeros(linear, "out") for name, linear in linears.items()}
-        self._n_tokens = 0
+    label: str
+    linears: Mapping[str, nn.Linear]
+    shared: Sequence[Sequence[str]]
+    device: str = "cpu"
+
+    @property
+    def reads(self) -> dict[str, str]:
+        """For every linear, the first linear that reads the same input."""
+        return {name: group[0] for group in self.shared for name in group}
+
+    def augmented_features(self, name: str) -> int:
+        """Inputs of a linear, and one more for its bias."""
+        linear = self.linears[name]
+        return linear.in_features + (linear.bias is not None)
+
+
+class LinearObserver(ABC):
+    """Accumulates sums over tokens for the linears of one block, while batches run through it.
+
+    A context manager: the hooks are there inside.
+
+    Attributes:
+        needs_gradient: whether a backward pass has to follow the forward pass.
+        block: what is observed.
+        n_tokens: tokens seen by forward passes.
+        n_gradients: tokens whose gradients are seen: each once for every draw of its sequence's targets.
+    """
+
+    needs_gradient: ClassVar[bool] = True
+
+    def __init__(self, block: ObservedBlock) -> None:
+        self.block = block
+        self.n_tokens = 0
+        self.n_gradients = 0
         self._first_sequence = 0
         self._n_sequences = 0
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    @staticmethod
-    def _zeros(linear: nn.Linear, side: str) -> Tensor:
-        n = linear.in_features if side == "in" else linear.out_features
-        return torch.zeros(n, n, device=linear.weight.device)
-
-    def __enter__(self) -> "BlockObserver":
-        for name, linear in self._linears.items():
-            self._handles.append(linear.register_forward_hook(partial(self._on_forward, name)))
+    def __enter__(self) -> Self:
+        for name, linear in self.block.linears.items():
+            self._handles.append(linear.register_forward_hook(partial(self._forward_hook, name)))
         return self
 
     def __exit__(
@@ -55,40 +82,56 @@ class BlockObserver:
             handle.remove()
         self._handles.clear()
 
-    def start_batch(self, first_sequence: int, n_sequences: int, length: int) -> None:
-        """Announces a batch of sequences of some length; the index of its first sequence is for error messages."""
+    def start_batch(self, first_sequence: int, n_sequences: int, length: int, n_draws: int = 1) -> None:
+        """Announces a batch: the index of its first sequence (for error messages), its size, backward passes of it."""
         self._first_sequence = first_sequence
         self._n_sequences = n_sequences
-        self._n_tokens += n_sequences * length
+        self.n_tokens += n_sequences * length
+        self.n_gradients += n_sequences * length * n_draws
 
-    def _on_forward(self, name: str, _linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x = inputs[0].detach()
-        if self._reads[name] == name:
-            flat = x.reshape(-1, x.shape[-1])
-            add_gram(self._activations[name], flat)
-            self._sums[name] += flat.sum(dim=0, dtype=torch.float32)
-            self._require_finite(self._activations[name], x, name, "input activation")
-        output.register_hook(partial(self._on_gradient, name))  # type: ignore[no-untyped-call]
+    def _forward_hook(self, name: str, _linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        kept = self._on_input(name, inputs[0].detach())
+        if self.needs_gradient:
+            hook = partial(self._gradient_hook, name, kept)
+            output.register_hook(hook)  # type: ignore[no-untyped-call]
 
-    def _on_gradient(self, name: str, gradient: Tensor) -> None:
-        add_gram(self._gradients[name], gradient.reshape(-1, gradient.shape[-1]))
-        self._require_finite(self._gradients[name], gradient, name, "output gradient")
+    def _gradient_hook(self, name: str, kept: Any, gradient: Tensor) -> None:
+        self._on_gradient(name, kept, gradient.detach())
 
-    def _require_finite(self, total: Tensor, values: Tensor, name: str, what: str) -> None:
-        """Any NaN or infinity of a batch shows on the diagonal of the sums, which is cheap to look at."""
-        if torch.isfinite(total.diagonal().sum()):
+    def _on_input(self, name: str, x: Tensor) -> Any:
+        """Sees the input of a linear, `[..., n_in]`, and says what its gradient will be met with: the input itself."""
+        self._require_finite(x.sum(dtype=torch.float32), x, name, INPUT)
+        return x
+
+    @abstractmethod
+    def _on_gradient(self, name: str, kept: Any, gradient: Tensor) -> None:
+        """Sees the gradient at the output of a linear, `[..., n_out]`, once for every draw."""
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, device=self.block.device)
+
+    def _require_finite(self, witness: Tensor, values: Tensor, name: str, what: str) -> None:
+        """Looks at a number that is not finite if any of the values is not; only then at the values themselves.
+
+        Raises:
+            NonFiniteError: naming block, linear and sequence.
+        """
+        if torch.isfinite(witness):
             return
         # Some models (OPT) give a linear one row a token, not one matrix a sequence.
         bad = ~torch.isfinite(values.reshape(self._n_sequences, -1)).all(dim=1)
         where = f"sequence {self._first_sequence + int(bad.nonzero()[0])}" if bad.any() else "the sum over sequences"
         raise NonFiniteError(
-            f"non-finite {what} in {self._label}, linear {name}, {where}. The model or the calibration text makes its "
-            f"numbers overflow: try model.dtype float32 or bfloat16, or leave that sequence out with another seed."
+            f"non-finite {what} in {self.block.label}, linear {name}, {where}. The model or the calibration text makes "
+            f"its numbers overflow: try model.dtype float32 or bfloat16, or leave that sequence out with another seed."
         )
 
-    def factors(self) -> BlockFactors:
-        """The means over all tokens seen; the observer's sums are used up by this call."""
-        for square in (*self._activations.values(), *self._gradients.values()):
-            mirror_lower(square.div_(self._n_tokens))
-        means = {name: total / self._n_tokens for name, total in self._sums.items()}
-        return BlockFactors(self._activations, means, self._gradients, self._reads, self._n_tokens)
+
+def tokens_of(x: Tensor) -> Tensor:
+    """All tokens of a batch one after the other, `[n_tokens, n]` float32."""
+    return x.reshape(-1, x.shape[-1]).float()
+
+
+def augmented(x: Tensor, has_bias: bool) -> Tensor:
+    """The input a linear with a bias sees, `[x, 1]` `[n_tokens, n_in + 1]`; without one, ``x`` itself."""
+    return torch.cat([x, x.new_ones(len(x), 1)], dim=1) if has_bias else x

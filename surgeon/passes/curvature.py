@@ -1,15 +1,15 @@
-"""Curvature of all linears, one group of blocks at a time, and the forward pass that leads there.
+"""Statistics of all linears, one group of blocks at a time, and the forward pass that leads there.
 
 1. `forward_group` carries hidden states through a group, without a graph: the *boundaries*.
 2. `curvature_group` recomputes a group from its boundary with a graph, sends the gradient from above through it
-   (from the loss itself for the last group), accumulates ``A`` and ``G`` of its linears on the way and returns the
-   gradient at its input for the group below.
+   (from the loss itself for the last group), lets observers see what flows through its linears on the way and returns
+   the gradient at its input for the group below. With sampled targets it does so once for every draw.
 
 With one group for all blocks there is one forward and one backward and nothing is recomputed. Peak memory is one
-group's weights and factors and one batch. Gradients are taken with respect to activations only.
+group's weights and statistics and one batch. Gradients are taken with respect to activations only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -18,12 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from surgeon.curvature.factors import BlockFactors
-from surgeon.curvature.observer import BlockObserver
+from surgeon.curvature.observer import LinearObserver, ObservedBlock
 from surgeon.errors import NonFiniteError
 from surgeon.passes.blockwise import BlockwiseModel, Embedded
 from surgeon.passes.groups import batches
-from surgeon.passes.loss import next_token_loss
+from surgeon.passes.loss import target_loss
+from surgeon.passes.targets import EMPIRICAL, TokenTargets
 
 FloatArray = NDArray[np.float32]
 TokenArray = NDArray[np.int64]
@@ -36,17 +36,27 @@ def no_progress(_done: int, _total: int) -> None:
 
 
 @dataclass(frozen=True)
-class GroupCurvature:
-    """What one group's pass gives.
+class GroupPass:
+    """What a pass through one group of blocks runs on.
 
     Attributes:
-        factors: by block index.
-        gradient_below: gradient of the loss at the group's input, `[n_sequences, length, width]` float32; None for
-            the first group, below which nothing is pruned.
+        sequences: `[n_sequences, length]` token ids.
+        group: block indices.
+        batch_size: sequences at a time; statistics are sums over batches, so it changes their last bits.
+        boundary: input of the group's first block, `[n_sequences, length, width]` float32; None for the first group.
+        gradient_above: gradient of the loss at the group's output, as the pass of the group above returned it; None
+            for the last group, which takes it from the loss (summed over tokens).
+        targets: next tokens the loss is taken for.
+        needs_gradient: without, the pass ends at the last block: there is no graph, no loss and no gradient.
     """
 
-    factors: dict[int, BlockFactors]
-    gradient_below: FloatArray | None
+    sequences: TokenArray
+    group: range
+    batch_size: int
+    boundary: FloatArray | None = None
+    gradient_above: FloatArray | None = None
+    targets: TokenTargets = EMPIRICAL
+    needs_gradient: bool = True
 
 
 def forward_group(
@@ -78,9 +88,7 @@ def forward_group(
     with torch.no_grad(), model.loaded(group):
         for done, part in enumerate(parts, start=1):
             embedded = _start(model, sequences[part], boundary, part)
-            hidden = embedded.hidden
-            for index in group:
-                hidden = model.run_block(index, hidden, embedded.calls[index])
+            hidden = _forward(model, group, embedded.hidden, embedded)
             _require_finite_hidden(hidden, group, part)
             if result is None:
                 result = np.empty((len(sequences), *hidden.shape[1:]), dtype=np.float32)
@@ -92,50 +100,59 @@ def forward_group(
 
 def curvature_group(
     model: BlockwiseModel,
-    sequences: TokenArray,
-    group: range,
-    boundary: FloatArray | None,
-    gradient_above: FloatArray | None,
-    batch_size: int,
+    what: GroupPass,
+    observers: Mapping[int, Sequence[LinearObserver]],
     progress: Progress = no_progress,
-) -> GroupCurvature:
-    """Factors of all linears of one group of blocks, and the gradient at its input.
+) -> FloatArray | None:
+    """Feeds observers with what flows through the linears of one group of blocks.
 
     Args:
         model: its blocks of the group are loaded for the duration of the call.
-        sequences: `[n_sequences, length]` token ids.
-        group: block indices.
-        boundary: input of the group's first block, `[n_sequences, length, width]`; None for the first group.
-        gradient_above: gradient of the loss at the group's output, same shape; None for the last group, which takes
-            it from the loss (summed over tokens).
-        batch_size: sequences at a time; the factors are sums over batches, so it changes their last bits.
+        what: the group, and what enters it from below and from above.
+        observers: by block of the group; a block may have none.
         progress: told after each batch.
+
+    Returns:
+        Gradient of the loss at the group's input for the group below: `[n_sequences, length, width]` float32, with
+        sampled targets `[n_draws, n_sequences, length, width]`. None for the first group, below which nothing is
+        pruned, and if no gradient is needed.
 
     Raises:
         NonFiniteError: if an activation or gradient is not finite; names block, linear and sequence.
+        ValueError: if an observer needs gradients and the pass gives none.
     """
-    first = group.start == 0
+    everyone = [observer for index in what.group for observer in observers.get(index, ())]
+    if not what.needs_gradient and any(observer.needs_gradient for observer in everyone):
+        raise ValueError("an observer needs gradients, but the pass is forward only (needs_gradient=False)")
     below: FloatArray | None = None
-    parts = batches(len(sequences), batch_size)
-    with model.loaded(group), ExitStack() as stack:
-        observers = {
-            index: stack.enter_context(BlockObserver(f"block {index}", model.linears(index), model.shared(index)))
-            for index in group
-        }
+    parts = batches(len(what.sequences), what.batch_size)
+    n_draws = what.targets.draws
+    with model.loaded(what.group), ExitStack() as stack:
+        for observer in everyone:
+            stack.enter_context(observer)
         for done, part in enumerate(parts, start=1):
-            tokens = sequences[part]
-            for observer in observers.values():
-                observer.start_batch(part.start, *tokens.shape)
-            embedded = _start(model, tokens, boundary, part)
-            above = None if gradient_above is None else torch.from_numpy(gradient_above[part])
-            gradient = _backward(model, tokens, embedded, group, above)
-            if not first:
-                if below is None:
-                    below = np.empty((len(sequences), *gradient.shape[1:]), dtype=np.float32)
-                below[part] = gradient.float().cpu().numpy()
+            tokens = what.sequences[part]
+            n_sequences, length = tokens.shape
+            for observer in everyone:
+                observer.start_batch(part.start, n_sequences, length, n_draws)
+            embedded = _start(model, tokens, what.boundary, part)
+            if what.needs_gradient:
+                for draw, gradient in enumerate(_gradients(model, what, embedded, part)):
+                    if what.group.start == 0:
+                        continue
+                    if below is None:
+                        below = np.empty((n_draws, len(what.sequences), *gradient.shape[1:]), dtype=np.float32)
+                    below[draw, part] = gradient.float().cpu().numpy()
+            else:
+                with torch.no_grad():
+                    _forward(model, what.group, embedded.hidden, embedded)
             progress(done, len(parts))
-        factors = {index: observer.factors() for index, observer in observers.items()}
-    return GroupCurvature(factors, below)
+    return below if below is None or what.targets.sampled else below[0]
+
+
+def observed_block(model: BlockwiseModel, index: int) -> ObservedBlock:
+    """The linears of one block for its observers; the block need not be loaded yet."""
+    return ObservedBlock(f"block {index}", model.linears(index), model.shared(index), model.device)
 
 
 def _start(model: BlockwiseModel, tokens: TokenArray, boundary: FloatArray | None, part: slice) -> Embedded:
@@ -147,19 +164,34 @@ def _start(model: BlockwiseModel, tokens: TokenArray, boundary: FloatArray | Non
     return Embedded(hidden, embedded.calls)
 
 
-def _backward(
-    model: BlockwiseModel, tokens: TokenArray, embedded: Embedded, group: range, above: Tensor | None
-) -> Tensor:
-    """Forward with a graph through the group, backward to its input: `[n_sequences, length, width]`."""
-    start = embedded.hidden.detach().requires_grad_()
-    hidden = start
+def _forward(model: BlockwiseModel, group: range, hidden: Tensor, embedded: Embedded) -> Tensor:
+    """Runs the blocks of a group one after the other."""
     for index in group:
         hidden = model.run_block(index, hidden, embedded.calls[index])
-    if above is not None:
-        return torch.autograd.grad(hidden, start, above.to(hidden))[0]
-    input_ids = torch.from_numpy(tokens)
-    loss = next_token_loss(model.head(input_ids, hidden), input_ids)
-    return torch.autograd.grad(loss, start)[0]
+    return hidden
+
+
+def _gradients(model: BlockwiseModel, what: GroupPass, embedded: Embedded, part: slice) -> Iterator[Tensor]:
+    """One forward with a graph through the group, and for each draw a backward to its input.
+
+    Yields:
+        `[n_sequences, length, width]`.
+    """
+    start = embedded.hidden.detach().requires_grad_()
+    hidden = _forward(model, what.group, start, embedded)
+    last = what.targets.draws - 1
+    if what.gradient_above is not None:
+        # Without draws the array has no axis for them.
+        by_draw = what.gradient_above if what.targets.sampled else what.gradient_above[None]
+        for draw in range(last + 1):
+            above = torch.from_numpy(by_draw[draw, part]).to(hidden)
+            yield torch.autograd.grad(hidden, start, above, retain_graph=draw < last)[0]
+        return
+    input_ids = torch.from_numpy(what.sequences[part])
+    logits = model.head(input_ids, hidden)
+    for draw in range(last + 1):
+        loss = target_loss(logits, what.targets.next_tokens(logits, input_ids, part.start, draw))
+        yield torch.autograd.grad(loss, start, retain_graph=draw < last)[0]
 
 
 def _require_finite_hidden(hidden: Tensor, group: range, part: slice) -> None:

@@ -14,6 +14,10 @@ def next_token_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
     Returns:
         Scalar float32, nats; over ``n_sequences * (length - 1)`` predictions.
     """
+    return target_loss(logits, input_ids[:, 1:].to(logits.device))
+
+
+def target_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """The same for given targets, `[n_sequences, length - 1]` on the device of the logits."""
     predictions = logits[:, :-1].reshape(-1, logits.shape[-1])
-    targets = input_ids[:, 1:].reshape(-1).to(logits.device)
-    return cross_entropy(predictions.float(), targets, reduction="sum")
+    return cross_entropy(predictions.float(), targets.reshape(-1), reduction="sum")

@@ -10,7 +10,7 @@ from surgeon.errors import ParameterError
 from surgeon.memory import MemoryEstimate, blocks_that_fit
 from surgeon.models import resolve_model
 from surgeon.passes.blockwise import BlockwiseModel
-from surgeon.passes.curvature import curvature_group
+from tests.surgeon.passes.running import kfac_group
 
 SMALL = [(64, 64)] * 4
 LARGE = [(256, 64), (64, 256)]
@@ -47,7 +47,7 @@ def test_agrees_with_what_a_pass_holds(tmp_path):
     model = BlockwiseModel(resolve_model(str(make_tiny("gpt_neox", tmp_path / "model")), tmp_path / "cache"))
     shapes = [[tuple(linear.weight.shape) for linear in model.linears(index).values()] for index in range(3)]
     estimate = MemoryEstimate.of(shapes, 32, 272, 24, 4, 2)
-    factors = curvature_group(model, np.full((2, 12), 5), range(2), None, None, 2).factors
+    factors = kfac_group(model, np.full((2, 12), 5), range(2), None, None, 2)[0]
     held = [t for block in factors.values() for kind in (block.activations, block.gradients) for t in kind.values()]
     assert estimate.factors == sum(t.numel() * t.element_size() for t in held)
     embeddings = (model.model.get_input_embeddings(), model.model.get_output_embeddings())

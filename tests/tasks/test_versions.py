@@ -6,7 +6,8 @@ from tasks.stage import Stage
 from tests.tasks.numerics import current, recorded, source_digest, stage_digest, stages
 
 KINDS = (
-    *("boundary", "gradient", "factors", "costs", "mask", "update"),
+    *("boundary", "gradient", "input-factors", "output-factors", "diagonal", "loss-gradient"),
+    *("moments", "kronecker-terms", "costs", "mask", "update"),
     *("evaluation", "sample", "sequences", "windows", "shot"),
 )
 

@@ -7,9 +7,9 @@ from tiny import FAMILIES
 
 from surgeon.curvature import gram
 from surgeon.passes.blockwise import BlockwiseModel
-from surgeon.passes.curvature import curvature_group, forward_group
+from surgeon.passes.curvature import forward_group
 from surgeon.passes.groups import block_groups
-from tests.surgeon.passes.running import LENGTH, N_SEQUENCES, grouped_curvature, sequences_of
+from tests.surgeon.passes.running import LENGTH, N_SEQUENCES, grouped_curvature, kfac_group, sequences_of
 from tests.surgeon.passes.stock import relative, stock_curvature
 
 QKV = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}
@@ -97,7 +97,7 @@ def test_the_same_pass_twice_gives_the_same_bits(checkpoint_of):
 def test_one_input_has_one_factor_and_factors_are_symmetric(family, panel_width, checkpoint_of, monkeypatch):
     monkeypatch.setattr(gram, "PANEL_WIDTH", panel_width)
     model, sequences = BlockwiseModel(checkpoint_of(family)), sequences_of(2)
-    factors = curvature_group(model, sequences, range(3), None, None, batch_size=2).factors
+    factors = kfac_group(model, sequences, range(3), None, None, batch_size=2)[0]
     expected = SHARED.get(family, GATED)
     for block in factors.values():
         by_source = {source: {name for name in block.reads if block.reads[name] == source} for source in block.reads}
@@ -148,7 +148,7 @@ def test_only_the_group_is_in_memory_and_no_weight_has_a_gradient(family, checkp
         (range(2), [here, here, meta], None),
     ):
         watch = Watch(model)
-        above = curvature_group(model, sequences, group, start, above, 2, watch).gradient_below
+        above = kfac_group(model, sequences, group, start, above, 2, watch)[1]
         assert watch.seen == [seen] * 3
         assert watch.steps == [(1, 3), (2, 3), (3, 3)]
         assert devices(model) == [meta, meta, meta]
@@ -172,7 +172,7 @@ def test_backward_forms_no_product_of_the_shape_of_a_weight(checkpoint_of):
             return result
 
     with Spy() as spy:
-        curvature_group(model, sequences, range(3), None, None, batch_size=2)
+        kfac_group(model, sequences, range(3), None, None, batch_size=2)
     assert (2 * LENGTH, 48) in spy.products
     assert (2 * LENGTH, 32) in spy.products
     assert shapes.isdisjoint(spy.products)
@@ -186,7 +186,7 @@ def test_blocks_are_dropped_after_an_error_and_hooks_are_gone(checkpoint_of):
 
     for run in (
         lambda: forward_group(model, sequences, range(2), None, 2, stop),
-        lambda: curvature_group(model, sequences, range(3), None, None, 2, stop),
+        lambda: kfac_group(model, sequences, range(3), None, None, 2, stop),
     ):
         with pytest.raises(KeyboardInterrupt):
             run()
@@ -197,7 +197,7 @@ def test_blocks_are_dropped_after_an_error_and_hooks_are_gone(checkpoint_of):
 def test_blocks_that_were_loaded_before_stay_loaded(checkpoint_of):
     model, sequences = BlockwiseModel(checkpoint_of("llama")), sequences_of(2)
     with model.loaded(range(1, 2)):
-        curvature_group(model, sequences, range(3), None, None, 2)
+        kfac_group(model, sequences, range(3), None, None, 2)
         assert devices(model) == [{"meta"}, {"cpu"}, {"meta"}]
     assert devices(model) == [{"meta"}] * 3
 

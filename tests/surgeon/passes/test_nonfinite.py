@@ -11,9 +11,9 @@ from tiny import FAMILIES, make_tiny
 from surgeon.errors import NonFiniteError
 from surgeon.models import resolve_model
 from surgeon.passes.blockwise import BlockwiseModel
-from surgeon.passes.curvature import curvature_group, forward_group
+from surgeon.passes.curvature import forward_group
 from surgeon.passes.evaluation import evaluate_perplexity
-from tests.surgeon.passes.running import LENGTH, sequences_of
+from tests.surgeon.passes.running import LENGTH, kfac_group, sequences_of
 
 BAD_SEQUENCE = 3
 BAD_TOKEN = 265
@@ -38,7 +38,7 @@ def test_a_sequence_that_overflows_is_named(family, tmp_path):
     with pytest.raises(
         NonFiniteError, match=rf"input activation in block 0, linear {first}, sequence {BAD_SEQUENCE}\. .*another seed"
     ):
-        curvature_group(model, sequences, range(3), None, None, batch_size=2)
+        kfac_group(model, sequences, range(3), None, None, batch_size=2)
     with pytest.raises(
         NonFiniteError, match=rf"hidden states after blocks 0 to 1, sequence {BAD_SEQUENCE}\. .*float32 or bfloat16"
     ):
@@ -81,7 +81,7 @@ def test_every_input_activation_is_looked_at(family, value, checkpoint_of):
         handle = model.linears(1)[name].register_forward_pre_hook(lambda _module, args, change=change: change(args))
         message = f"non-finite input activation in block 1, linear {name}, sequence {BAD_SEQUENCE}. The"
         with pytest.raises(NonFiniteError, match=re.escape(message)):
-            curvature_group(model, sequences, range(3), None, None, batch_size=2)
+            kfac_group(model, sequences, range(3), None, None, batch_size=2)
         handle.remove()
 
 
@@ -98,7 +98,7 @@ def test_every_output_gradient_is_looked_at(family, value, checkpoint_of):
         handle = model.linears(1)[name].register_forward_hook(hook)
         message = f"non-finite output gradient in block 1, linear {name}, sequence {BAD_SEQUENCE}. The"
         with pytest.raises(NonFiniteError, match=re.escape(message)):
-            curvature_group(model, sequences, range(3), None, None, batch_size=2)
+            kfac_group(model, sequences, range(3), None, None, batch_size=2)
         handle.remove()
 
 
@@ -108,7 +108,7 @@ def test_an_infinite_gradient_from_above(checkpoint_of):
     above = np.ones_like(boundary)
     above[BAD_SEQUENCE, 0, 3] = np.inf
     with pytest.raises(NonFiniteError, match=r"output gradient in block 1, linear mlp.down_proj, sequence 3"):
-        curvature_group(model, sequences, range(1, 2), boundary, above, batch_size=2)
+        kfac_group(model, sequences, range(1, 2), boundary, above, batch_size=2)
 
 
 def test_an_infinite_weight_shows_where_it_is_used(checkpoint_of):
@@ -117,7 +117,7 @@ def test_an_infinite_weight_shows_where_it_is_used(checkpoint_of):
     weight[3, 4] = torch.inf
     model = BlockwiseModel(checkpoint, overrides=lambda index: {name: weight} if index == 1 else {})
     with pytest.raises(NonFiniteError, match=r"input activation in block 1, linear self_attn.o_proj, sequence 0"):
-        curvature_group(model, sequences_of(), range(3), None, None, batch_size=2)
+        kfac_group(model, sequences_of(), range(3), None, None, batch_size=2)
     with pytest.raises(NonFiniteError, match=r"hidden states after blocks 1 to 1, sequence 0"):
         forward_group(model, sequences_of(), range(1, 2), np.ones((5, LENGTH, 32), np.float32), batch_size=2)
 
@@ -126,7 +126,7 @@ def test_finite_numbers_whose_squares_overflow_are_an_error_too(checkpoint_of):
     model = BlockwiseModel(checkpoint_of("llama"))
     model.linears(1)["mlp.down_proj"].register_forward_pre_hook(lambda _module, args: (args[0] * 0 + 1e25,))
     with pytest.raises(NonFiniteError, match=r"block 1, linear mlp.down_proj, the sum over sequences"):
-        curvature_group(model, sequences_of(), range(3), None, None, batch_size=2)
+        kfac_group(model, sequences_of(), range(3), None, None, batch_size=2)
 
 
 def test_large_finite_float16_hidden_states_are_not_an_error(checkpoint_of):
