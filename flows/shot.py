@@ -1,37 +1,27 @@
 """One shot: curvature → costs → mask → update → evaluation.
 
 Everything is asked for by key, and only what a missing result needs is computed: a finished shot is one look-up; in an
-unfinished one, factors that were dropped are made again only for blocks whose costs or update are missing.
+unfinished one, statistics that were dropped are made again only for blocks whose costs or update are missing.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from flows.session import Session
-from surgeon.pruning.damped import Damping
+from flows.statistics import BlockStatistics
+from surgeon.choices import UpdateRule
+from surgeon.pruning.granularity import is_structured
 from surgeon.store import Reference, Store
 from tasks.context import Context, ModelState, StoredBlock
-from tasks.curvature import BOUNDARY, GRADIENT
-from tasks.curvature import INPUT_FACTORS as FACTORS
-from tasks.curvature import statistic_request as pass_request
+from tasks.costs import COSTS, BlockWork, cost_request, cost_task
+from tasks.curvature import STAGES
 from tasks.evaluation import evaluation_task
-from tasks.measuring import boundary_task, curvature_task
-from tasks.pruning import (
-    COSTS,
-    MASK,
-    UPDATE,
-    MaskRule,
-    cost_request,
-    cost_task,
-    mask_request,
-    mask_task,
-    update_request,
-    update_task,
-)
+from tasks.mask import MASK, MaskRule, mask_request, mask_task
 from tasks.stage import Outcome, Product, Request, Stage, produce, readable
+from tasks.update import UPDATE, Removal, update_request, update_task
 
-SHOT = Stage("shot", 1, ())
+SHOT = Stage("shot", 2, ())
 """A finished shot: which updates it ended with. It lets a finished shot be found with one look-up."""
 
 
@@ -45,7 +35,7 @@ class Shot:
         state: the model after it.
         references: all its results; the same however blocks were grouped.
         passed_on: hidden states and gradients that groups of blocks handed to each other.
-        record: facts (sparsity, predicted cost, number of structures removed).
+        record: facts (sparsity, predicted cost, number of structures or weights removed, convergence).
         evaluation: perplexity and counts.
     """
 
@@ -80,17 +70,20 @@ class ShotRun:
     """
 
     def __init__(self, session: Session, state: ModelState, calibration: Reference, number: int, target: float) -> None:
-        pruning = session.params.prune
         self.session = session
         self.context: Context = session.context
         self.store = Store(session.context.store)
         self.state = state
         self.calibration = calibration
         self.number = number
+        self.target = target
         self.label = shot_label(number)
-        self.damping = Damping(pruning.damping.activations, pruning.damping.gradients)
-        self.rule = MaskRule(target, pruning.structure, pruning.ranking)
+        self.recipe = session.recipe(number)
+        self.rule = MaskRule(target, self.recipe.granularity, self.recipe.ranking, self.recipe.allocation)
         self.blocks = range(self.context.model.n_blocks)
+        self.statistics = BlockStatistics(
+            session, state, calibration, self.label, self.recipe.curvature, self.recipe.update.newton_step > 0
+        )
 
     def run(self) -> Shot:
         """Looks the whole shot up, or runs what is missing of it; then evaluates it."""
@@ -100,39 +93,42 @@ class ShotRun:
             self.session.engine.reuse(self._task_names())
         else:
             references, record = self._run_tasks()
-        state = self.state.after([references[f"{self.label}/block-{b:02d}/update"] for b in self.blocks])
+        state = self._state_of(record)
         evaluation = self._task(
             evaluation_task, self.context, state, self.session.windows, self.label, name=f"{self.label}/evaluation"
         )
         references[f"{self.label}/evaluation"] = evaluation
-        return Shot(self.number, self.rule.target, state, references, self._passed_on(), record, evaluation)
-
-    def curvature(self) -> list[Reference]:
-        """Factors of all blocks, computed where they are missing."""
-        return self._factors(set(self.blocks))
+        passed_on = self.statistics.passed_on()
+        return Shot(self.number, self.target, state, references, passed_on, record, evaluation)
 
     def finished_state(self) -> ModelState | None:
         """The state after the shot if it is finished, without running anything."""
         record = self._finished()
-        if record is None:
-            return None
-        return ModelState(self.state.checkpoint_digest, tuple(StoredBlock(*update) for update in record["updates"]))
+        return None if record is None else self._state_of(record)
 
     def found(self) -> dict[str, tuple[int, int]]:
         """For each kind of task, how many results are there and how many there will be; runs nothing."""
         n = len(self.blocks)
-        counts = {"factors": (0, n), "costs": (0, n), "mask": (0, 1), "update": (0, n)}
-        factors = [self._lookup_factors(b) for b in self.blocks]
-        counts["factors"] = (sum(ref is not None for ref in factors), n)
-        costs = [self._lookup(self._cost_request(b, ref)) if ref else None for b, ref in enumerate(factors)]
-        counts["costs"] = (sum(ref is not None for ref in costs), n)
-        if any(ref is None for ref in costs):
-            return counts
-        mask = self._lookup(mask_request([ref for ref in costs if ref], self.rule, self.label))
-        if mask is None:
-            return counts
-        updates = [self._lookup(self._update_request(b, ref, mask)) for b, ref in enumerate(factors) if ref]
-        return counts | {"mask": (1, 1), "update": (sum(ref is not None for ref in updates), n)}
+        statistics = [self.statistics.lookup(b) for b in self.blocks]
+        counts = {"statistics": (sum(found is not None for found in statistics), n)}
+        works = [self._work(b, found) for b, found in enumerate(statistics) if found is not None]
+        if self._has_mask:
+            costs = [ref for work in works if (ref := self._lookup(cost_request(work)))]
+            counts |= {"costs": (len(costs), n), "mask": (0, 1), "update": (0, n)}
+            mask = self._lookup(mask_request(costs, self.rule, self.label)) if len(costs) == n else None
+            if mask is None:
+                return counts
+            counts["mask"] = (1, 1)
+            removals = [Removal(self.target, cost, mask) for cost in costs]
+        else:
+            removals = [Removal(self.target)] * len(works)
+        updates = [self._lookup(update_request(*pair)) for pair in zip(works, removals, strict=True)]
+        return counts | {"update": (sum(ref is not None for ref in updates), n)}
+
+    @property
+    def _has_mask(self) -> bool:
+        """Whether what goes is chosen before the update, not by it."""
+        return self.recipe.update.rule is not UpdateRule.SEQUENTIAL
 
     def _finished(self) -> dict[str, Any] | None:
         """The record of the shot if it is there and its weights can be read."""
@@ -141,146 +137,107 @@ class ShotRun:
             return None
         return dict(found.attributes)
 
+    def _state_of(self, record: dict[str, Any]) -> ModelState:
+        return ModelState(self.state.checkpoint_digest, tuple(StoredBlock(*update) for update in record["updates"]))
+
     def _lookup(self, request: Request) -> Reference | None:
         return self.store.lookup(request.key(self.context))
 
-    def _cost_request(self, block: int, factors: Reference) -> Request:
-        cost = self.session.params.prune.cost
-        return cost_request(self.state, block, factors, self.damping, cost, self.label)
-
-    def _update_request(self, block: int, factors: Reference, mask: Reference) -> Request:
-        rule = self.session.params.prune.update
-        return update_request(self.state, block, factors, mask, self.damping, rule, self.label)
-
     def _request(self) -> Request:
+        recipe = asdict(self.recipe) | {"granularity": str(self.recipe.granularity)}
+        stages = [*(STAGES[statistic] for statistic in self.statistics.wanted), COSTS, MASK, UPDATE, *self._correction]
         parameters = {
-            **self.session.params.prune.model_dump(exclude={"shots", "sparsity", "fresh_calibration"}),
-            "target": self.rule.target,
+            "recipe": recipe,
+            "target": self.target,
             "batch_size": self.context.batch_size,
-            "versions": [stage.version for stage in (FACTORS, COSTS, MASK, UPDATE)],
+            "versions": {stage.kind: stage.version for stage in stages},
         }
         inputs = {"weights": self.state.digest, "calibration": self.calibration.digest}
         return Request(SHOT, parameters, inputs, f"{self.label}/shot")
 
+    @property
+    def _correction(self) -> list[Stage]:
+        return []
+
     def _run_tasks(self) -> tuple[dict[str, Reference], dict[str, Any]]:
-        factors = self._factors({b for b in self.blocks if self._lookup_factors(b) is None}, first=True)
-        pruning = self.session.params.prune
-        self._factors(self._missing([self._cost_request(b, factors[b]) for b in self.blocks]))
-        costs = [
-            self._task(
-                cost_task,
-                self.context,
-                self.state,
-                b,
-                factors[b],
-                self.damping,
-                pruning.cost,
-                self.label,
-                name=f"{self.label}/block-{b:02d}/costs",
-            )
-            for b in self.blocks
-        ]
-        mask = self._task(mask_task, self.context, costs, self.rule, self.label, name=f"{self.label}/mask")
-        self._factors(self._missing([self._update_request(b, factors[b], mask) for b in self.blocks]))
-        updates = [
-            self._task(
-                update_task,
-                self.context,
-                self.state,
-                b,
-                factors[b],
-                mask,
-                self.damping,
-                pruning.update,
-                self.label,
-                name=f"{self.label}/block-{b:02d}/update",
-            )
-            for b in self.blocks
-        ]
-        names = {f"{self.label}/mask": mask}
+        self.statistics.ensure({b for b in self.blocks if self.statistics.lookup(b) is None}, first=True)
+        works = [self._work(b, self.statistics.lookup(b)) for b in self.blocks]
+        names: dict[str, Reference] = {}
         for b in self.blocks:
-            place = f"{self.label}/block-{b:02d}"
-            names |= {f"{place}/factors": factors[b], f"{place}/costs": costs[b], f"{place}/update": updates[b]}
+            names |= self.statistics.references(b)
+        mask = None
+        removals = [Removal(self.target) for _ in works]
+        if self._has_mask:
+            costs = self._costs(works, {w.block for w in works if not self._readable(cost_request(w))})
+            mask = self._task(mask_task, self.context, costs, self.rule, self.label, name=f"{self.label}/mask")
+            names |= {work.name("costs"): ref for work, ref in zip(works, costs, strict=True)}
+            names[f"{self.label}/mask"] = mask
+            removals = [Removal(self.target, cost, mask) for cost in costs]
+        updates = self._updates(works, removals)
+        names |= {work.name("update"): ref for work, ref in zip(works, updates, strict=True)}
+        before, facts = self._n_live_before(), self._facts(updates)
         record = {
             "names": {name: ref.key for name, ref in names.items()},
             "updates": [[ref.key, ref.digest] for ref in updates],
-            **{name: mask.attributes[name] for name in ("sparsity", "threshold", "n_removed")},
-            "predicted_cost": sum(
-                linear["predicted_cost"] for ref in updates for linear in ref.attributes["linears"].values()
-            ),
+            "sparsity": 1.0 - facts["n_live"] / self.context.model.n_weights,
+            "n_removed": mask.attributes["n_removed"] if mask else before - facts["n_live"],
+            "threshold": mask.attributes["threshold"] if mask else None,
+            "predicted_cost": facts["predicted_cost"],
+            "convergence": facts["convergence"],
         }
         produce(self.context, self._request(), lambda: Product({}, record))
         return names, record
 
+    def _work(self, block: int, statistics: Any) -> BlockWork:
+        assert statistics is not None, f"{self.label}: statistics of block {block} are missing"
+        return BlockWork(self.state, block, statistics, self.recipe, self.label)
+
+    def _costs(self, works: Sequence[BlockWork], missing: set[int]) -> list[Reference]:
+        self.statistics.ensure(missing)
+        return [self._task(cost_task, self.context, work, name=work.name("costs")) for work in works]
+
+    def _updates(self, works: list[BlockWork], removals: list[Removal]) -> list[Reference]:
+        pairs = list(zip(works, removals, strict=True))
+        missing = {work.block for work, removal in pairs if not self._readable(update_request(work, removal))}
+        if self._has_mask and not is_structured(self.recipe.granularity):
+            # The mask of single weights follows from their costs, which may have been dropped.
+            gone = [work for work in works if work.block in missing and not self._readable(cost_request(work))]
+            self._costs(gone, {work.block for work in gone})
+        self.statistics.ensure(missing)
+        return [self._task(update_task, self.context, *pair, name=pair[0].name("update")) for pair in pairs]
+
+    def _n_live_before(self) -> int:
+        if not self.state.updates:
+            return self.context.model.n_weights
+        references = [self.store.lookup(block.key) for block in self.state.updates]
+        return int(self._facts([ref for ref in references if ref])["n_live"])
+
+    @staticmethod
+    def _facts(updates: Sequence[Reference]) -> dict[str, Any]:
+        """Sums over all linears of what their updates say."""
+        linears = [linear for ref in updates for linear in ref.attributes["linears"].values()]
+        solved = [linear for linear in linears if "residual" in linear]
+        return {
+            "n_live": sum(linear["n_live"] for linear in linears),
+            "predicted_cost": sum(linear["predicted_cost"] for linear in linears),
+            "convergence": {
+                "linears": len(solved),
+                "not_converged": sum(not linear["converged"] for linear in solved),
+                "worst_residual": max(linear["residual"] for linear in solved),
+                "iterations": sum(linear["iterations"] for linear in solved),
+            }
+            if solved
+            else None,
+        }
+
     def _task_names(self) -> list[str]:
         """Names of all tasks of the shot but its evaluation, as far as they always run."""
-        groups = [f"{self.label}/block-{group.start:02d}/curvature" for group in self.context.groups]
-        blocks = [f"{self.label}/block-{b:02d}/{kind}" for kind in ("costs", "update") for b in self.blocks]
-        return [*groups, *blocks, f"{self.label}/mask"]
+        kinds = ("costs", "update") if self._has_mask else ("update",)
+        blocks = [f"{self.label}/block-{b:02d}/{kind}" for kind in kinds for b in self.blocks]
+        return [*self.statistics.task_names(), *blocks, *([f"{self.label}/mask"] if self._has_mask else [])]
 
-    def _lookup_factors(self, block: int) -> Reference | None:
-        return self._lookup(pass_request(self.context, FACTORS, self.state, self.calibration, block, self.label))
-
-    def _missing(self, requests: list[Request]) -> set[int]:
-        """Blocks whose result has to be computed, so that they need their factors' payload."""
-        return {b for b, request in enumerate(requests) if readable(self.store, request.key(self.context)) is None}
-
-    def _factors(self, needed: set[int], first: bool = False) -> list[Reference]:
-        """Makes sure that the factors of some blocks can be read; returns the references of all that exist."""
-        for group in reversed(self.context.groups):
-            if all(self._has(FACTORS, b) for b in group if b in needed):
-                if first:
-                    self.session.engine.reuse([f"{self.label}/block-{group.start:02d}/curvature"])
-            else:
-                self._curvature(group)
-        return [ref for b in self.blocks if (ref := self._lookup_factors(b)) is not None]
-
-    def _passed_on(self) -> list[Reference]:
-        """Hidden states and gradients that groups have handed to each other."""
-        requests = [
-            pass_request(self.context, stage, self.state, self.calibration, group.start, self.label)
-            for stage in (BOUNDARY, GRADIENT)
-            for group in self.context.groups[1:]
-        ]
-        return [reference for request in requests if (reference := self._lookup(request)) is not None]
-
-    def _curvature(self, group: range) -> None:
-        """Runs the curvature pass of one group, after whatever leads there and is missing."""
-        groups = self.context.groups
-        if group.start:
-            self._boundary(groups[groups.index(group) - 1])
-        if group.stop < len(self.blocks) and not self._has(GRADIENT, group.stop):
-            self._curvature(groups[groups.index(group) + 1])
-        self._task(
-            curvature_task,
-            self.context,
-            self.state,
-            self.calibration,
-            group,
-            self.label,
-            name=f"{self.label}/block-{group.start:02d}/curvature",
-        )
-
-    def _boundary(self, group: range) -> None:
-        """Makes the hidden states that leave a group, from those that enter it."""
-        if self._has(BOUNDARY, group.stop):
-            return
-        if group.start:
-            groups = self.context.groups
-            self._boundary(groups[groups.index(group) - 1])
-        self._task(
-            boundary_task,
-            self.context,
-            self.state,
-            self.calibration,
-            group,
-            self.label,
-            name=f"{self.label}/block-{group.stop:02d}/boundary",
-        )
-
-    def _has(self, stage: Stage, block: int) -> bool:
-        request = pass_request(self.context, stage, self.state, self.calibration, block, "")
-        return self.store.has_payload(request.key(self.context))
+    def _readable(self, request: Request) -> bool:
+        return readable(self.store, request.key(self.context)) is not None
 
     def _task(self, body: Callable[..., Outcome[Any]], *args: Any, name: str) -> Any:
         return self.session.engine.task(body, *args, name=name)

@@ -90,15 +90,14 @@ def cost_task(context: Context, work: BlockWork) -> Outcome[Reference]:
 
     def compute() -> Product:
         linears = read_linears(context, work.state, work.block)
-        factors = read_statistics(context, _second_order(work.statistics), list(linears))
         structured = is_structured(work.recipe.granularity)
         arrays: dict[str, list[torch.Tensor]] = {}
         facts = {}
-        for name in linears:
+        for name, factors in read_statistics(context, _second_order(work.statistics), list(linears)):
             where = f"block {work.block}, {name}"
             live = live_linear(
                 linears[name],
-                factors.pop(name),
+                factors,
                 work.recipe.curvature.kind,
                 work.recipe.damping,
                 where,

@@ -4,7 +4,7 @@ Keys do not depend on the grouping of blocks: a statistic belongs to its block, 
 enters. Nor does one depend on what else was computed in the same pass, so that methods share what they have in common.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ _PASSES = ("surgeon.passes.blockwise", "surgeon.passes.curvature", "surgeon.pass
 _OBSERVED = (*_PASSES, "surgeon.curvature.observer", "surgeon.curvature.gram")
 _FACTORS = (*_OBSERVED, "surgeon.curvature.kronecker_factors")
 _WEIGHTS = (*_OBSERVED, "surgeon.curvature.weight_moments")
-_LIVE = ("surgeon.pruning.damped", "surgeon.pruning.linear")
+_LIVE = ("surgeon.pruning.live", "surgeon.pruning.linear")
 BOUNDARY = Stage("boundary", 1, _PASSES)
 GRADIENT = Stage("gradient", 1, _PASSES)
 INPUT_FACTORS = Stage(Statistic.INPUT_FACTORS.value, 1, _FACTORS)
@@ -131,49 +131,50 @@ def _request(
 
 def read_statistics(
     context: Context, references: Mapping[Statistic, Reference], linears: Collection[str]
-) -> dict[str, LinearFactors]:
-    """Statistics of some linears of one block from the store, on the context's device.
+) -> Iterator[tuple[str, LinearFactors]]:
+    """Statistics of some linears of one block from the store, on the context's device, one linear at a time.
 
     Args:
         context: store and device.
         references: of one block, by kind; what is not there is None in the result.
         linears: names.
 
-    Returns:
-        By linear, in the order given. What linears have in common is one tensor.
+    Yields:
+        Name and statistics, in the order given. What linears have in common is read once and is one tensor.
     """
     store = Store(context.store)
     stored = {statistic: _Tensors(store.open(ref.key), context.device) for statistic, ref in references.items()}
-    return {name: _linear_factors(stored, name) for name in linears}
+    for name in linears:
+        yield name, _linear_factors(stored, name)
 
 
 @dataclass
 class _Tensors:
-    """Arrays of a stored object on a device; each is read once."""
+    """Arrays of a stored object on a device; those that linears share are kept."""
 
     stored: StoredObject
     device: str
-    _read: dict[str, Tensor] = field(default_factory=dict)
+    _shared: dict[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._read:
-            self._read[name] = torch.from_numpy(self.stored.array(name)).to(self.device)
-        return self._read[name]
+        return torch.from_numpy(self.stored.array(name)).to(self.device)
 
-    def source(self, linear: str) -> str:
-        """The linear under whose name the shared arrays of a linear are."""
-        return str(self.stored.attributes["reads"][linear])
+    def shared(self, linear: str, part: str) -> Tensor:
+        """An array that is stored under the name of the first linear that has it."""
+        name = f"{self.stored.attributes['reads'][linear]}/{part}"
+        if name not in self._shared:
+            self._shared[name] = self[name]
+        return self._shared[name]
 
 
 def _linear_factors(stored: Mapping[Statistic, _Tensors], name: str) -> LinearFactors:
     parts: dict[str, Any] = {}
     if inputs := stored.get(Statistic.INPUT_FACTORS):
-        source = inputs.source(name)
-        parts |= {"activations": inputs[f"{source}/A"], "mean_input": inputs[f"{source}/mean_input"]}
+        parts |= {"activations": inputs.shared(name, "A"), "mean_input": inputs.shared(name, "mean_input")}
     if outputs := stored.get(Statistic.OUTPUT_FACTORS):
         parts["gradients"] = outputs[f"{name}/G"]
     if moments := stored.get(Statistic.MOMENTS):
-        basis_in = moments[f"{moments.source(name)}/basis_in"]
+        basis_in = moments.shared(name, "basis_in")
         parts["moments"] = EigenMoments(moments[f"{name}/basis_out"], basis_in, moments[f"{name}/moments"])
     if terms := stored.get(Statistic.KRONECKER_TERMS):
         parts["terms"] = KroneckerTerms(terms[f"{name}/G"], terms[f"{name}/A"])

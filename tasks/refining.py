@@ -10,7 +10,7 @@ from surgeon.curvature.factors import EigenMoments, KroneckerTerms, LinearFactor
 from surgeon.curvature.nearest import KroneckerObserver, Products, nearest_terms, next_subspace, starting_subspace
 from surgeon.curvature.spec import Statistic
 from surgeon.passes.curvature import observed_block
-from surgeon.pruning.damped import without_dead
+from surgeon.pruning.live import without_dead
 from surgeon.store import Reference
 from tasks.context import Context
 from tasks.curvature import STARTING_POINT, Measured, find_statistic, read_statistics, statistic_request
@@ -84,7 +84,7 @@ def _starting_factors(
 ) -> dict[str, LinearFactors]:
     found = {statistic: find_statistic(context, measured, statistic, block) for statistic in STARTING_POINT}
     references = {statistic: reference for statistic, reference in found.items() if reference is not None}
-    return read_statistics(context, references, linears)
+    return dict(read_statistics(context, references, linears))
 
 
 def _live_sets(

@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 
 from surgeon.choices import UpdateRule
-from surgeon.curvature.factors import LinearFactors
 from surgeon.pruning.granularity import is_structured
 from surgeon.pruning.linear import PrunedLinear
 from surgeon.pruning.live import live_linear
@@ -104,16 +103,11 @@ def _structures(
         if work.recipe.update.newton_step
         or not (torch.equal(linear.live_rows, masks[name][0]) and torch.equal(linear.live_columns, masks[name][1]))
     ]
-    factors = _read(context, work, changed)
-    results = {}
-    for name, linear in linears.items():
-        where = f"block {work.block}, {name}"
-        if name in changed:
-            recipe = work.recipe
-            live = live_linear(linear, factors.pop(name), recipe.curvature.kind, recipe.damping, where)
-            results[name] = update_structures(live, *masks[name], recipe.update, where)
-        else:
-            results[name] = UpdateResult(linear, predicted_cost=0.0, relative_change=0.0)
+    results = {name: UpdateResult(linear, 0.0, 0.0) for name, linear in linears.items()}
+    for name, factors in read_statistics(context, work.statistics, changed):
+        where, recipe = f"block {work.block}, {name}", work.recipe
+        live = live_linear(linears[name], factors, recipe.curvature.kind, recipe.damping, where)
+        results[name] = update_structures(live, *masks[name], recipe.update, where)
     return results
 
 
@@ -123,13 +117,12 @@ def _weights(
     assert removal.mask is not None and removal.costs is not None, "weights go by a mask made from their costs"
     cuts = block_cuts(context, work.block, removal.mask)
     costs = Store(context.store).open(removal.costs.key)
-    factors = _read(context, work, list(linears))
     results = {}
-    for name, linear in linears.items():
+    for name, factors in read_statistics(context, work.statistics, list(linears)):
         where, recipe = f"block {work.block}, {name}", work.recipe
         values = torch.from_numpy(costs.array(f"{name}/costs")).to(context.device)
         keep = weights_that_stay(values, recipe.granularity, cuts[name])
-        live = live_linear(linear, factors.pop(name), recipe.curvature.kind, recipe.damping, where, torch.float32)
+        live = live_linear(linears[name], factors, recipe.curvature.kind, recipe.damping, where, torch.float32)
         results[name] = update_weights(live, keep, recipe.update, where)
     return results
 
@@ -137,19 +130,14 @@ def _weights(
 def _sequential(
     context: Context, work: BlockWork, removal: Removal, linears: Mapping[str, PrunedLinear]
 ) -> dict[str, UpdateResult]:
-    factors = _read(context, work, list(linears))
     recipe = work.recipe
     results = {}
-    for name, linear in linears.items():
+    for name, factors in read_statistics(context, work.statistics, list(linears)):
         where = f"block {work.block}, {name}"
-        live = live_linear(linear, factors.pop(name), recipe.curvature.kind, recipe.damping, where, torch.float32)
+        live = live_linear(linears[name], factors, recipe.curvature.kind, recipe.damping, where, torch.float32)
         width = recipe.update.max_correlate
         results[name] = update_sequentially(live, removal.target, recipe.granularity, width, where)
     return results
-
-
-def _read(context: Context, work: BlockWork, linears: list[str]) -> dict[str, LinearFactors]:
-    return dict(read_statistics(context, work.statistics, linears))
 
 
 def _product(results: Mapping[str, UpdateResult]) -> Product:

@@ -212,7 +212,10 @@ def test_damping_is_escalated_until_the_factor_is_positive_definite(
 @pytest.mark.parametrize(
     ("damping", "message"),
     [
-        (0.0, r"^block 0, fc1: the 2x2 factor .* even with damping 0\.001 \(asked: 0, raised 3 times; eigenvalues from -0\.5 to 1, condition number 2\)\. .*prune\.damping"),
+        (
+            0.0,
+            r"fc1: the 2x2 factor .* even with damping 0\.001 \(asked: 0, raised 3 times; .*number 2\)\. .*damping",
+        ),
         (1e-4, r"even with damping 0\.1 \(asked: 0\.0001, raised 3 times"),
     ],
 )
