@@ -1,15 +1,21 @@
 """The model card of an exported checkpoint."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from flows.results import provenance
 from flows.session import Session
 
+_ELSEWHERE = ("sparsity",)
+"""Settings that the card has in its tables."""
+
 
 def model_card(session: Session, dense: dict[str, Any], prune: dict[str, Any], texts: dict[str, Any]) -> str:
     """What was removed, how, from which data, and what it cost: Markdown with the hub's metadata header."""
-    params = session.params.prune
     origin = provenance(session)
+    recipe = origin["parameters"]["prune"]
+    settings = ", ".join(f"{name} {value}" for name, value in _leaves(recipe) if name not in _ELSEWHERE)
+    trained = "with low-rank adapters trained after each shot" if recipe["adapters"] else "without retraining"
     pruned = prune["pruned"]
     calibration, evaluation = texts["calibration"], texts["evaluation"]
     versions = ", ".join(f"{name} {number}" for name, number in origin["versions"].items())
@@ -24,8 +30,7 @@ tags: [pruned, surgeon]
 
 # {_inline(session.checkpoint.source)}, {pruned["sparsity"]:.1%} of its decoder weights removed
 
-Pruned with Surgeon {origin["versions"]["surgeon"]} (method {params.method}, {params.structure},
-curvature {params.curvature}, cost {params.cost}, ranking {params.ranking}, update {params.update}, {params.shots} shots) without retraining.
+Pruned with Surgeon {origin["versions"]["surgeon"]} {trained}: {settings}.
 
 | | dense | pruned |
 |---|---|---|
@@ -47,6 +52,16 @@ is not faster than the dense one.
 - Digest of the pruned weights: `{prune["weights_digest"]}`.
 - Versions: {versions}.
 """
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and values of settings that have an effect, those of a section after its name."""
+    for key, value in tree.items():
+        name = f"{prefix}{key.replace('_', ' ')}"
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{name} of ")
+        elif value is not None:
+            yield name, value
 
 
 def _inline(text: str) -> str:

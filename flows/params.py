@@ -7,25 +7,16 @@ finds. Values are checked here once, so that the code behind can rely on them.
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
+from pydantic import Field, StrictBool, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from flows.params_problems import describe, raise_problems
+from flows.params_prune import PruneParams
+from flows.params_section import Integer, Number, Positive, Section, Word
 from flows.params_yaml import apply_override, read_yaml
-from surgeon.choices import (
-    Cost,
-    Curvature,
-    Device,
-    Dtype,
-    Keep,
-    Method,
-    Ranking,
-    SequenceOrder,
-    Structure,
-    UpdateRule,
-)
+from surgeon.choices import Device, Dtype, Keep, SequenceOrder
 from surgeon.errors import ParameterError, TextError
 from surgeon.text import TextSpec, check_spec
 
@@ -37,30 +28,11 @@ class EngineName(StrEnum):
     INLINE = "inline"
 
 
-def _refuse_bool(value: Any) -> Any:
-    """Pydantic would read true as 1."""
-    if isinstance(value, bool):
-        raise PydanticCustomError("number", "must be a number")
-    return value
-
-
-_Integer = Annotated[int, BeforeValidator(_refuse_bool)]
-_Number = Annotated[float, BeforeValidator(_refuse_bool)]
-_Positive = Annotated[_Integer, Field(ge=1)]
-_Word = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, and nothing changes after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 class ModelParams(Section):
     """The model to prune."""
 
-    source: _Word = "smollm2-135m"
-    revision: _Word | None = None
+    source: Word = "smollm2-135m"
+    revision: Word | None = None
     dtype: Dtype = Dtype.FLOAT32
     trust_remote_code: StrictBool = False
 
@@ -68,10 +40,10 @@ class ModelParams(Section):
 class TextParams(Section):
     """A text; see `surgeon.text.TextSpec`."""
 
-    source: _Word = "python-docs"
-    split: _Word | None = None
-    column: _Word | None = None
-    revision: _Word | None = None
+    source: Word = "python-docs"
+    split: Word | None = None
+    column: Word | None = None
+    revision: Word | None = None
 
     def spec(self) -> TextSpec:
         """Returns the same as the library names it."""
@@ -90,8 +62,8 @@ class CalibrateParams(Section):
     """The sequences that curvature is measured on."""
 
     text: TextParams = TextParams(split="calibration")
-    sequences: _Positive = 16
-    length: Annotated[_Integer, Field(ge=2)] = 128
+    sequences: Positive = 16
+    length: Annotated[Integer, Field(ge=2)] = 128
     order: SequenceOrder = SequenceOrder.GRID
 
 
@@ -99,48 +71,8 @@ class EvaluateParams(Section):
     """The windows that perplexity is measured on; `windows` None is all of the text."""
 
     text: TextParams = TextParams(split="held-out")
-    windows: _Positive | None = 16
-    length: Annotated[_Integer, Field(ge=2)] = 128
-
-
-class DampingParams(Section):
-    """What is added to the diagonal of a factor, as a fraction of its mean diagonal; one number sets both."""
-
-    activations: Annotated[_Number, Field(ge=0)] = 0.01
-    gradients: Annotated[_Number, Field(ge=0)] = 0.1
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_number(cls, value: Any) -> Any:
-        # YAML 1.1 reads 1e-3, which has no point, as text.
-        if isinstance(value, int | float | str) and not isinstance(value, bool):
-            return {"activations": value, "gradients": value}
-        return value
-
-
-class PruneParams(Section):
-    """How much is removed, how it is chosen, and how the rest is adapted."""
-
-    method: Method = Method.LLM_SURGEON
-    sparsity: Annotated[_Number, Field(gt=0, lt=1)] = 0.2
-    shots: _Positive = 3
-    structure: Structure = Structure.ROWS_AND_COLUMNS
-    curvature: Curvature = Curvature.KFAC
-    cost: Cost = Cost.OBS
-    ranking: Ranking = Ranking.COST_PER_WEIGHT
-    update: UpdateRule = UpdateRule.EXACT
-    damping: DampingParams = DampingParams()
-    fresh_calibration: StrictBool = False
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.fresh_calibration and self.shots == 1:
-            raise PydanticCustomError(
-                "no_effect",
-                "fresh_calibration: true has no effect with shots: 1, because it draws new sequences for every shot "
-                "after the first; set it to false or ask for more shots",
-            )
-        return self
+    windows: Positive | None = 16
+    length: Annotated[Integer, Field(ge=2)] = 128
 
 
 class ExportParams(Section):
@@ -152,8 +84,8 @@ class ExportParams(Section):
 class ReportParams(Section):
     """What the report shows."""
 
-    prompt: _Word = "The capital of France is"
-    new_tokens: _Positive = 24
+    prompt: Word = "The capital of France is"
+    new_tokens: Positive = 24
 
 
 class RunParams(Section):
@@ -161,11 +93,11 @@ class RunParams(Section):
 
     engine: EngineName = EngineName.PREFECT
     device: Device = Device.AUTO
-    batch_size: _Positive = 4
-    blocks_per_group: _Positive | None = None
-    memory_gib: Annotated[_Number, Field(gt=0)] | None = None
+    batch_size: Positive = 4
+    blocks_per_group: Positive | None = None
+    memory_gib: Annotated[Number, Field(gt=0)] | None = None
     keep: Keep = Keep.LAST
-    store: _Word | None = None
+    store: Word | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -181,7 +113,7 @@ class RunParams(Section):
 class Params(Section):
     """All parameters of a run."""
 
-    seed: Annotated[_Integer, Field(ge=0)] = 0
+    seed: Annotated[Integer, Field(ge=0)] = 0
     model: ModelParams = ModelParams()
     calibrate: CalibrateParams = CalibrateParams()
     evaluate: EvaluateParams = EvaluateParams()

@@ -8,10 +8,20 @@ import yaml
 from surgeon.errors import ParameterError
 
 _EXAMPLE = "-S prune.sparsity=0.3"
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_TEXT = "tag:yaml.org,2002:str"
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice; PyYAML lets the second one win in silence."""
+class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, and reads 2:4 as text.
+
+    PyYAML lets the second key win in silence, and reads numbers in base 60 as YAML 1.1 has them: 2:4 would be 124.
+    """
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> Any:
+        """The tag of a node that has none; a number has no colon."""
+        tag = super().resolve(kind, value, implicit)
+        return _TEXT if tag in _NUMBERS and ":" in value else tag
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Builds a mapping after checking that its keys differ."""
@@ -39,7 +49,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         raise ParameterError(f"Parameter file {path} cannot be read: {error}.") from error
     try:
         # The loader is a SafeLoader: it builds plain values only.
-        tree = yaml.load(text, Loader=_UniqueKeyLoader)
+        tree = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ParameterError(f"{path}{_position(error)}: not valid YAML: {_reason(error)}.") from error
     if tree is None:
@@ -71,7 +81,7 @@ def apply_override(tree: dict[Any, Any], override: str) -> tuple[str, ...]:
     if not text.strip():
         raise ParameterError(f'-S {override}: has no value; write null for none or "" for an empty text.')
     try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ParameterError(f"-S {override}: the value is not valid YAML: {_reason(error)}. Quote it.") from error
     node = tree

@@ -21,7 +21,10 @@ def provenance(session: Session) -> dict[str, Any]:
             "revision": session.checkpoint.revision,
             "digest": session.checkpoint.digest,
         },
-        "parameters": session.params.model_dump(mode="json", exclude={"run"}),
+        "parameters": {
+            **session.params.model_dump(mode="json", exclude={"run"}),
+            "prune": session.params.prune.resolved(),
+        },
         "seed": session.params.seed,
         "device": session.context.device,
         "batch_size": session.context.batch_size,

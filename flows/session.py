@@ -14,6 +14,7 @@ from surgeon.choices import Device
 from surgeon.errors import ParameterError
 from surgeon.memory import MemoryEstimate, blocks_that_fit
 from surgeon.models import Checkpoint, build_skeleton, discover, resolve_model
+from surgeon.pruning.granularity import NMPattern
 from surgeon.store import Reference, Store
 from tasks.calibration import SequenceSpec, WindowSpec, require_length, require_separate, sequences_task, windows_task
 from tasks.context import Context, LinearShape, ModelSpec, ModelState
@@ -38,6 +39,18 @@ class Session:
     engine: Engine
     say: Callable[[str], None] = lambda _line: None
     _calibrations: dict[SequenceSpec, Reference] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # TODO: goes when shots take the recipe; until then they read these values, so none may be null.
+        recipe = self.params.prune.recipe(self.params.seed)
+        filled = {
+            "sparsity": self.params.prune.target_sparsity,
+            "damping": recipe.damping,
+            "cost": recipe.cost,
+            "ranking": recipe.ranking,
+            "update": recipe.update.rule,
+        }
+        self.params = self.params.model_copy(update={"prune": self.params.prune.model_copy(update=filled)})
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -122,8 +135,22 @@ class Session:
         require_length(self.model, self.params.calibrate.length, "calibrate.length")
         require_length(self.model, self.params.evaluate.length, "evaluate.length")
         require_separate(self.sequence_spec().text, self.window_spec().text)
+        self._require_pattern()
         self.workspace.store.mkdir(parents=True, exist_ok=True)
         _ = self.context
+
+    def _require_pattern(self) -> None:
+        """Refuses an N:M pattern that the inputs of a linear do not divide into."""
+        pattern = self.params.prune.structure
+        if not isinstance(pattern, NMPattern):
+            return
+        for index, block in enumerate(self.model.blocks):
+            for linear in block:
+                if linear.n_in % pattern.m:
+                    raise ParameterError(
+                        f"prune.structure: {pattern} needs inputs that divide into groups of {pattern.m}, but block "
+                        f"{index}, linear {linear.name} has {linear.n_in} inputs; choose another M, or weights"
+                    )
 
     def calibration(self, shot: int = 1) -> Reference:
         """Calibration sequences of a shot."""

@@ -191,7 +191,8 @@ def _shot_facts(shot: Shot) -> dict[str, Any]:
 
 def _result_parameters(session: Session) -> dict[str, Any]:
     """Parameters that a pruned model is the result of."""
-    return session.params.model_dump(mode="json", include={"seed", "model", "calibrate", "evaluate", "prune"})
+    given = session.params.model_dump(mode="json", include={"seed", "model", "calibrate", "evaluate"})
+    return {**given, "prune": session.params.prune.resolved()}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,8 +5,11 @@ import pytest
 from pydantic import ValidationError
 
 from flows.params import CalibrateParams, Params, load_params
+from flows.params_prune import PruneParams
 from surgeon.choices import Cost, Dtype, SequenceOrder
 from surgeon.errors import InputError, ParameterError
+from surgeon.pruning.granularity import NMPattern
+from surgeon.recipe import Damping
 from surgeon.text import TextSpec
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +54,7 @@ class TestFile:
         assert params.calibrate.order is SequenceOrder.RANDOM_OFFSETS
         assert params.evaluate.windows is None
         assert params.prune.cost is Cost.OBD
-        assert (params.prune.damping.activations, params.prune.damping.gradients) == (0.01, 0)
+        assert params.prune.recipe(7).damping == Damping(0.01, 0)
 
     @pytest.mark.parametrize("number", ["0.5", "5e-1", "'0.5'"])
     def test_one_number_sets_both_dampings(self, write: Any, number: str) -> None:
@@ -92,6 +95,7 @@ class TestUnknownKeys:
         [
             ("prnue: {shots: 2}", "params.yaml: prnue: unknown section. Did you mean 'prune'"),
             ("prune: {sparsty: 0.3}", "prune.sparsty: unknown key. Did you mean 'sparsity'"),
+            ("prune: {adapters: {epoch: 3}}", "prune.adapters.epoch: unknown key. Did you mean 'epochs'"),
             ("prune: {damping: {gradient: 0.3}}", "prune.damping.gradient: unknown key. Did you mean 'gradients'"),
             ("calibrate: {text: {splits: x}}", "calibrate.text.splits: unknown key. Did you mean 'split'"),
             ("run: {qqqq: 1}", "run.qqqq: unknown key. Allowed: engine, device, batch_size"),
@@ -116,7 +120,25 @@ class TestValues:
             ("prune.sparsity=0", "prune.sparsity: got 0; must be greater than 0"),
             ("prune.sparsity=1", "prune.sparsity: got 1; must be less than 1"),
             ("prune.sparsity=.nan", "prune.sparsity: got nan; must be"),
-            ("prune.sparsity=null", "prune.sparsity: got null; must be a valid number"),
+            ("prune.shots=null", "prune.shots: got null; must be a valid integer"),
+            ("prune.method=wnada", "Did you mean 'wanda'"),
+            ("prune.structure=row", "got 'row'; allowed: rows, .*weights, or N:M such as 2:4. Did you mean 'rows'"),
+            ("prune.structure=4:4", "got '4:4'; N of every M weights of a group go, so N must be at least 1 and below"),
+            ("prune.structure=124", "got 124; must be text: rows, columns, rows-and-columns, weights or N:M"),
+            ("prune.structure=null", "got null; must be text"),
+            ("prune.rank=1", "must be greater than or equal to 2"),
+            ("prune.power_iterations=0", "must be greater than or equal to 1"),
+            ("prune.draws=0", "must be greater than or equal to 1"),
+            ("prune.max_iterations=true", "must be a number"),
+            ("prune.max_correlate=0", "must be greater than or equal to 1"),
+            ("prune.tolerance=0", "must be greater than 0"),
+            ("prune.newton_step=1.5", "must be less than or equal to 1"),
+            ("prune.correction=adapter", "Did you mean 'adapters'"),
+            ("prune.allocation=local", "allowed: global, per-layer, per-row"),
+            ("prune.adapters.rank=0", "must be greater than or equal to 1"),
+            ("prune.adapters.learning_rate=0", "must be greater than 0"),
+            ("prune.adapters.fraction=2", "must be less than or equal to 1"),
+            ("prune.adapters=3", "it is a section with the keys rank, learning_rate, fraction, epochs"),
             ("prune.shots=0", "must be greater than or equal to 1"),
             ("prune.shots=2.5", "must be a valid integer"),
             ("prune.shots=true", "prune.shots: got true; must be a number"),
@@ -225,12 +247,105 @@ class TestCombinations:
         with pytest.raises(ParameterError, match="prune: fresh_calibration: true has no effect with shots: 1"):
             load_params(None, ["prune.fresh_calibration=true", "prune.shots=1"])
 
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (["method=wanda"], "prune: structure: got rows-and-columns, but method wanda removes single weights"),
+            (["structure=2:4", "sparsity=0.6"], "sparsity: got 0.6, but structure: 2:4 removes at most 0.5"),
+            (["adapters.rank=4"], "adapters has no effect with correction: none"),
+            (["adapters.rank=4", "correction=newton"], "adapters has no effect with correction: newton"),
+            (["method=k-obd", "damping=0.1"], "damping.activations: 0.1 has no effect with cost: obd and update: none"),
+            (["rank=3"], "rank: 3 has no effect with curvature: kfac"),
+        ],
+    )
+    def test_of_pruning(self, overrides: list[str], message: str) -> None:
+        given = [f"prune.{override}" for override in overrides]
+        with pytest.raises(ParameterError, match=message) as caught:
+            load_params(None, given)
+        origin = ", ".join(f"-S {override}" for override in given)
+        assert str(caught.value).startswith(f"{origin}: prune: ")
+
+    def test_of_pruning_in_a_file(self, write: Any) -> None:
+        with pytest.raises(ParameterError, match=r"params\.yaml: prune: rank: 3 has no effect with curvature: kfac"):
+            load_params(write("prune: {rank: 3}\n"))
+
     def test_memory_and_blocks(self) -> None:
         with pytest.raises(ParameterError, match="run: memory_gib has no effect when blocks_per_group is given"):
             load_params(None, ["run.memory_gib=2", "run.blocks_per_group=1"])
 
     def test_update_with_obd_is_allowed(self) -> None:
-        assert load_params(None, ["prune.cost=obd", "prune.update=exact"]).prune.cost is Cost.OBD
+        assert load_params(None, ["prune.cost=obd", "prune.update=exact"]).prune.recipe(0).cost is Cost.OBD
+
+
+class TestStructure:
+    @pytest.mark.parametrize("text", ["2:4", "'2:4'", '"2:4"'])
+    def test_pattern_is_not_a_number_in_base_60(self, write: Any, text: str) -> None:
+        expected = NMPattern(2, 4)
+        assert load_params(write(f"prune:\n  structure: {text}\n")).prune.structure == expected
+        assert load_params(write(f"prune: {{structure: {text}, shots: 1}}\n")).prune.structure == expected
+        assert load_params(None, [f"prune.structure={text}"]).prune.structure == expected
+        assert load_params(None, [f"prune={{structure: {text}}}"]).prune.structure == expected
+
+    def test_other_numbers_are_as_before(self, write: Any) -> None:
+        params = load_params(write("seed: 0x10\nprune: {sparsity: .25, shots: 1_0}\n"))
+        assert (params.seed, params.prune.sparsity, params.prune.shots) == (16, 0.25, 10)
+        assert load_params(None, ["report.prompt=12:30:45"]).report.prompt == "12:30:45"
+
+    @pytest.mark.parametrize(
+        ("structure", "sparsity"),
+        [("rows", 0.2), ("columns", 0.2), ("rows-and-columns", 0.2), ("weights", 0.5), ("2:4", 0.5), ("1:4", 0.25)],
+    )
+    def test_default_sparsity(self, structure: str, sparsity: float) -> None:
+        assert load_params(None, [f"prune.structure={structure}"]).prune.target_sparsity == sparsity
+
+    def test_given_sparsity(self) -> None:
+        given = ["prune.structure=2:4", "prune.sparsity=0.5"]
+        assert load_params(None, given).prune.target_sparsity == 0.5
+
+
+class TestResolved:
+    def test_names_are_those_of_the_parameters(self) -> None:
+        prune = load_params(None, ["prune.correction=adapters"]).prune
+        assert leaves(prune.resolved()) == leaves(prune.model_dump(mode="json"))
+
+    def test_default(self) -> None:
+        resolved = load_params(None).prune.resolved()
+        given = {name: value for name, value in resolved.items() if value is not None}
+        assert given == {
+            "method": "llm-surgeon",
+            "sparsity": 0.2,
+            "shots": 3,
+            "structure": "rows-and-columns",
+            "curvature": "kfac",
+            "targets": "empirical",
+            "cost": "obs",
+            "ranking": "cost-per-weight",
+            "allocation": "global",
+            "update": "exact",
+            "damping": {"activations": 0.01, "gradients": 0.1},
+            "correction": "none",
+            "fresh_calibration": False,
+        }
+
+    @pytest.mark.parametrize(
+        "overrides",
+        [
+            ["structure=2:4", "method=sparsegpt"],
+            ["structure=weights", "curvature=kronecker-sum", "targets=sampled", "damping=0", "correction=newton"],
+            ["structure=weights", "update=chunked"],
+            ["structure=rows", "method=magnitude", "correction=adapters", "adapters.rank=4"],
+        ],
+    )
+    def test_can_be_given_again(self, overrides: list[str]) -> None:
+        """What is written down with a result makes the same recipe."""
+        prune = load_params(None, [f"prune.{override}" for override in overrides]).prune
+        resolved = {name: value for name, value in prune.resolved().items() if value is not None}
+        again = PruneParams.model_validate(resolved)
+        assert (again.recipe(3), again.target_sparsity) == (prune.recipe(3), prune.target_sparsity)
+
+    def test_seed_is_that_of_draws(self) -> None:
+        assert load_params(None, ["prune.targets=sampled"]).prune.recipe(5).curvature.seed == 5
+        assert load_params(None).prune.recipe(5).curvature.seed == 0
 
 
 def test_frozen() -> None:

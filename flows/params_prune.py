@@ -1,0 +1,206 @@
+"""The section `prune`: how much is removed, how it is chosen, and how the rest is adapted.
+
+What a method decides is null by default. A value that is given must be possible and must have an effect, which is found
+out when the parameters are loaded; `PruneParams.recipe` is what they come down to.
+"""
+
+from dataclasses import replace
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, Field, PlainSerializer, PrivateAttr, StrictBool, model_validator
+from pydantic_core import PydanticCustomError
+
+from flows.params_section import Integer, Number, Positive, Section
+from surgeon.choices import Allocation, Correction, Cost, Curvature, Method, Ranking, Structure, Targets, UpdateRule
+from surgeon.errors import ParameterError
+from surgeon.pruning.granularity import Granularity, NMPattern, is_structured, parse_granularity
+from surgeon.recipe import Preferences, Recipe, resolve
+from surgeon.text.suggest import did_you_mean
+
+STRUCTURED_SPARSITY = 0.2
+"""Default sparsity where whole rows and columns go."""
+WEIGHTS_SPARSITY = 0.5
+"""Default sparsity where single weights go."""
+
+
+def _read_granularity(value: Any) -> Any:
+    if isinstance(value, Structure | NMPattern):
+        return value
+    if not isinstance(value, str):
+        raise PydanticCustomError("granularity", "must be text: rows, columns, rows-and-columns, weights or N:M")
+    try:
+        return parse_granularity(value)
+    except ParameterError as error:
+        reason = str(error).removeprefix(f"structure {value}: ").removeprefix(f"structure {value!r}: ")
+        reason = f"{reason}.{did_you_mean(value, [choice.value for choice in Structure])}"
+        raise PydanticCustomError("granularity", "{reason}", {"reason": reason}) from error
+
+
+_Granularity = Annotated[Granularity, BeforeValidator(_read_granularity), PlainSerializer(str)]
+_Relative = Annotated[Number, Field(ge=0)]
+
+
+class DampingParams(Section):
+    """What is added to the diagonal of a factor, as a fraction of its mean diagonal; one number sets both."""
+
+    activations: _Relative | None = None
+    gradients: _Relative | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_number(cls, value: Any) -> Any:
+        # YAML 1.1 reads 1e-3, which has no point, as text.
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            return {"activations": value, "gradients": value}
+        return {} if value is None else value
+
+
+class AdapterParams(Section):
+    """Training of low-rank adapters after each shot.
+
+    Attributes:
+        rank: of each adapter.
+        learning_rate: of the optimiser.
+        fraction: part of the calibration sequences that is trained on.
+        epochs: passes over them.
+    """
+
+    rank: Positive = 8
+    learning_rate: Annotated[Number, Field(gt=0)] = 1e-4
+    fraction: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    epochs: Positive = 1
+
+
+class PruneParams(Section):
+    """How much is removed, how it is chosen, and how the rest is adapted; None is left to the method."""
+
+    method: Method = Method.LLM_SURGEON
+    sparsity: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    shots: Positive = 3
+    structure: _Granularity = Structure.ROWS_AND_COLUMNS
+    curvature: Curvature | None = None
+    rank: Annotated[Integer, Field(ge=2)] | None = None
+    power_iterations: Positive | None = None
+    targets: Targets | None = None
+    draws: Positive | None = None
+    cost: Cost | None = None
+    ranking: Ranking | None = None
+    allocation: Allocation | None = None
+    update: UpdateRule | None = None
+    max_iterations: Positive | None = None
+    tolerance: Annotated[Number, Field(gt=0, le=1)] | None = None
+    max_correlate: Positive | None = None
+    damping: DampingParams = DampingParams()
+    correction: Correction = Correction.NONE
+    newton_step: Annotated[Number, Field(gt=0, le=1)] | None = None
+    adapters: AdapterParams = AdapterParams()
+    fresh_calibration: StrictBool = False
+
+    _recipe: Recipe = PrivateAttr()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.fresh_calibration and self.shots == 1:
+            raise PydanticCustomError(
+                "no_effect",
+                "fresh_calibration: true has no effect with shots: 1, because it draws new sequences for every shot "
+                "after the first; set it to false or ask for more shots",
+            )
+        if self.correction is not Correction.ADAPTERS and self.adapters != AdapterParams():
+            raise PydanticCustomError(
+                "no_effect",
+                "adapters has no effect with correction: {correction}, because it says how adapters are trained; "
+                "leave it out or choose correction: adapters",
+                {"correction": str(self.correction)},
+            )
+        if isinstance(self.structure, NMPattern) and self.target_sparsity > self.structure.sparsity:
+            raise PydanticCustomError(
+                "target",
+                "sparsity: got {got}, but structure: {pattern} removes at most {most} of the weights; ask for at most "
+                "that, or leave it null",
+                {"got": str(self.sparsity), "pattern": str(self.structure), "most": f"{self.structure.sparsity:g}"},
+            )
+        try:
+            self._recipe = resolve(self._preferences())
+        except ParameterError as error:
+            raise PydanticCustomError("recipe", "{reason}", {"reason": str(error)}) from error
+        return self
+
+    @property
+    def target_sparsity(self) -> float:
+        """Fraction of the weights to remove by all shots together."""
+        if self.sparsity is not None:
+            return self.sparsity
+        if isinstance(self.structure, NMPattern):
+            return self.structure.sparsity
+        return STRUCTURED_SPARSITY if is_structured(self.structure) else WEIGHTS_SPARSITY
+
+    def recipe(self, seed: int) -> Recipe:
+        """The same with every choice made.
+
+        Args:
+            seed: of the run; it keys the draws of `targets: sampled`.
+        """
+        recipe = self._recipe
+        if recipe.curvature.targets is not Targets.SAMPLED:
+            return recipe
+        return replace(recipe, curvature=replace(recipe.curvature, seed=seed))
+
+    def resolved(self) -> dict[str, Any]:
+        """The parameters with every choice made, as plain JSON; null where a parameter has no effect."""
+        recipe = self._recipe
+        curvature, update, damping = recipe.curvature, recipe.update, recipe.damping
+        adapters = recipe.correction is Correction.ADAPTERS
+        return {
+            "method": recipe.method.value,
+            "sparsity": self.target_sparsity,
+            "shots": self.shots,
+            "structure": str(recipe.granularity),
+            "curvature": curvature.kind.value,
+            "rank": curvature.rank if curvature.kind is Curvature.KRONECKER_SUM else None,
+            "power_iterations": curvature.iterations or None,
+            "targets": curvature.targets.value,
+            "draws": curvature.draws if curvature.targets is Targets.SAMPLED else None,
+            "cost": recipe.cost.value,
+            "ranking": recipe.ranking.value,
+            "allocation": recipe.allocation.value,
+            "update": update.rule.value,
+            "max_iterations": update.max_iterations or None,
+            "tolerance": update.tolerance or None,
+            "max_correlate": update.max_correlate or None,
+            "damping": {
+                "activations": _effective(damping.activations, self.damping.activations),
+                "gradients": _effective(damping.gradients, self.damping.gradients),
+            },
+            "correction": recipe.correction.value,
+            "newton_step": update.newton_step or None,
+            "adapters": self.adapters.model_dump(mode="json") if adapters else None,
+            "fresh_calibration": self.fresh_calibration,
+        }
+
+    def _preferences(self) -> Preferences:
+        return Preferences(
+            method=self.method,
+            granularity=self.structure,
+            curvature=self.curvature,
+            rank=self.rank,
+            power_iterations=self.power_iterations,
+            targets=self.targets,
+            draws=self.draws,
+            cost=self.cost,
+            ranking=self.ranking,
+            allocation=self.allocation,
+            update=self.update,
+            max_iterations=self.max_iterations,
+            tolerance=self.tolerance,
+            max_correlate=self.max_correlate,
+            damping_activations=self.damping.activations,
+            damping_gradients=self.damping.gradients,
+            correction=self.correction,
+            newton_step=self.newton_step,
+        )
+
+
+def _effective(value: float, given: float | None) -> float | None:
+    """A damping of the recipe; None where it is zero because it has no effect, and not because zero was given."""
+    return None if given is None and not value else value
