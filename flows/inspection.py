@@ -35,7 +35,7 @@ def inspect_block(workspace: Workspace, block: int, shot: int | None) -> list[di
     exponential of the entropy of the normalised spectrum.
     """
     store, manifest = _open_store(workspace), _manifest(workspace)
-    suffix = f"/block-{block:02d}/factors"
+    suffix = f"/block-{block:02d}/input-factors"
     names = [n for n in sorted(manifest) if n.endswith(suffix) and (shot is None or n.startswith(f"shot-{shot:02d}/"))]
     names = [n for n in names if store.has_payload(manifest[n].key)]
     if not names:
@@ -44,16 +44,18 @@ def inspect_block(workspace: Workspace, block: int, shot: int | None) -> list[di
             f"the factors of block {block} {which} are not in the store (run.keep drops those of earlier shots, and "
             "`surgeon inspect` lists what is there); choose another block or shot, or run with -S run.keep=all"
         )
-    factors = store.open(manifest[names[-1]].key)
-    update = store.open(manifest[names[-1].replace("/factors", "/update")].key)
+    place = names[-1].removesuffix("/input-factors")
+    inputs = store.open(manifest[names[-1]].key)
+    outputs = store.open(manifest[f"{place}/output-factors"].key) if f"{place}/output-factors" in manifest else None
+    update = store.open(manifest[f"{place}/update"].key)
     spectra: dict[str, NDArray[np.float64]] = {}
     rows = []
     at_row = at_column = 0  # vectors over the rows (columns) of all linears follow each other
-    reads = factors.attributes["reads"]
+    reads = inputs.attributes["reads"]
     for linear in update.attributes["order"]:
         source = reads[linear]
-        for name in (f"{source}/A", f"{linear}/G"):
-            if name not in spectra:
+        for factors, name in ((inputs, f"{source}/A"), (outputs, f"{linear}/G")):
+            if factors is not None and name not in spectra:
                 spectra[name] = np.linalg.eigvalsh(factors.array(name).astype(np.float64))
         n_out, n_in = update.array_info(f"{linear}/weight").shape
         live = (
@@ -61,16 +63,16 @@ def inspect_block(workspace: Workspace, block: int, shot: int | None) -> list[di
             int(update.array("live_columns")[at_column : at_column + n_in].sum()),
         )
         at_row, at_column = at_row + n_out, at_column + n_in
-        a, g = spectra[f"{source}/A"], spectra[f"{linear}/G"]
+        a, g = spectra[f"{source}/A"], spectra.get(f"{linear}/G")
         rows.append(
             {
                 "linear": linear,
                 "shape": [n_out, n_in],
                 "live": list(live),
                 "condition_A": _condition(a),
-                "condition_G": _condition(g),
+                "condition_G": None if g is None else _condition(g),
                 "effective_rank_A": _effective_rank(a),
-                "effective_rank_G": _effective_rank(g),
+                "effective_rank_G": None if g is None else _effective_rank(g),
                 "reads": source,
             }
         )

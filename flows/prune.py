@@ -3,8 +3,11 @@
 from flows.session import Session
 from flows.shot import Shot, ShotRun
 from surgeon.choices import Keep
+from surgeon.curvature.spec import Statistic
+from surgeon.pruning.granularity import is_structured
 from surgeon.store import Store
 from tasks.context import ModelState
+from tasks.costs import COSTS
 
 
 def shot_target(sparsity: float, number: int, shots: int) -> float:
@@ -26,12 +29,15 @@ def require_space(session: Session) -> None:
     state: ModelState | None = session.dense
     finished = 0
     while state is not None and finished < pruning.shots:
-        target = shot_target(pruning.sparsity, finished + 1, pruning.shots)
+        target = shot_target(pruning.target_sparsity, finished + 1, pruning.shots)
         state = ShotRun(session, state, session.calibration(finished + 1), finished + 1, target).finished_state()
         finished += state is not None
     missing = pruning.shots - finished
     kept = missing if session.params.run.keep is Keep.ALL else min(missing, 2)
-    Store(session.context.store).free_space_check(kept * model.factor_bytes + (missing + 1) * model.update_bytes)
+    large = model.statistic_bytes(session.recipe.curvature)
+    if not is_structured(session.recipe.granularity):
+        large += model.update_bytes  # costs of all weights
+    Store(session.context.store).free_space_check(kept * large + (missing + 1) * model.update_bytes)
 
 
 def prune(session: Session) -> list[Shot]:
@@ -41,7 +47,7 @@ def prune(session: Session) -> list[Shot]:
     shots = []
     for number in range(1, pruning.shots + 1):
         calibration = session.calibration(number)
-        target = shot_target(pruning.sparsity, number, pruning.shots)
+        target = shot_target(pruning.target_sparsity, number, pruning.shots)
         shot = ShotRun(session, state, calibration, number, target).run()
         shots.append(shot)
         _evict(session, shots)
@@ -50,13 +56,16 @@ def prune(session: Session) -> list[Shot]:
 
 
 def _evict(session: Session, shots: list[Shot]) -> None:
-    """Drops factors and boundaries of finished shots by policy; references stay, so keys above them still hit."""
+    """Drops statistics, costs of weights and boundaries of finished shots by policy.
+
+    References stay, so keys above them still hit.
+    """
     policy = session.params.run.keep
     if policy is Keep.ALL:
         return
     store = Store(session.context.store)
     for shot in shots[:-1] if policy is Keep.LAST else shots:
-        factors = [reference for name, reference in shot.references.items() if name.endswith("/factors")]
-        for reference in (*factors, *shot.passed_on):
+        large = [ref for ref in shot.references.values() if ref.kind in (*Statistic, COSTS.kind)]
+        for reference in (*large, *shot.passed_on):
             if store.has_payload(reference.key):
                 store.evict(reference.key)

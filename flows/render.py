@@ -101,9 +101,9 @@ def render_block(layers: list[dict[str, Any]], console: Console) -> None:
             "x".join(map(str, row["shape"])),
             "x".join(map(str, row["live"])),
             f"{row['condition_A']:.1e}",
-            f"{row['condition_G']:.1e}",
+            "-" if row["condition_G"] is None else f"{row['condition_G']:.1e}",
             f"{row['effective_rank_A']:.0f}",
-            f"{row['effective_rank_G']:.0f}",
+            "-" if row["effective_rank_G"] is None else f"{row['effective_rank_G']:.0f}",
             row["reads"],
         )
     console.print(table)

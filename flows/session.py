@@ -11,10 +11,12 @@ from flows.engine import Engine
 from flows.params import Params
 from flows.workspace import Workspace
 from surgeon.choices import Device
+from surgeon.curvature.spec import CurvatureSpec, Statistic
 from surgeon.errors import ParameterError
 from surgeon.memory import MemoryEstimate, blocks_that_fit
 from surgeon.models import Checkpoint, build_skeleton, discover, resolve_model
 from surgeon.pruning.granularity import NMPattern
+from surgeon.recipe import Recipe
 from surgeon.store import Reference, Store
 from tasks.calibration import SequenceSpec, WindowSpec, require_length, require_separate, sequences_task, windows_task
 from tasks.context import Context, LinearShape, ModelSpec, ModelState
@@ -40,17 +42,10 @@ class Session:
     say: Callable[[str], None] = lambda _line: None
     _calibrations: dict[SequenceSpec, Reference] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        # TODO: goes when shots take the recipe; until then they read these values, so none may be null.
-        recipe = self.params.prune.recipe(self.params.seed)
-        filled = {
-            "sparsity": self.params.prune.target_sparsity,
-            "damping": recipe.damping,
-            "cost": recipe.cost,
-            "ranking": recipe.ranking,
-            "update": recipe.update.rule,
-        }
-        self.params = self.params.model_copy(update={"prune": self.params.prune.model_copy(update=filled)})
+    @cached_property
+    def recipe(self) -> Recipe:
+        """How to prune, with every choice made."""
+        return self.params.prune.recipe(self.params.seed)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -176,8 +171,16 @@ class Session:
             pass_tokens=self.params.calibrate.sequences * self.params.calibrate.length,
             dtype_bytes=self.model.torch_dtype.itemsize,
             blocks_per_group=blocks_per_group,
+            factor_copies=_factor_copies(self.recipe.curvature),
         )
 
     def _blocks_per_group(self) -> int:
         budget = self.params.run.memory_gib or MEMORY_SHARE * psutil.virtual_memory().available / 2**30
         return blocks_that_fit(self.memory_estimate, self.model.n_blocks, budget)
+
+
+def _factor_copies(spec: CurvatureSpec) -> int:
+    """How many pairs of matrices of the size of a linear's two factors a pass holds at most."""
+    if Statistic.KRONECKER_TERMS in spec.statistics:
+        return 1 + 3 * spec.rank  # K-FAC's to start from; each term before and after, and its working copy
+    return 3 if Statistic.MOMENTS in spec.statistics else 1  # factors, bases, and moments of about that size

@@ -78,7 +78,7 @@ class ShotRun:
         self.number = number
         self.target = target
         self.label = shot_label(number)
-        self.recipe = session.recipe(number)
+        self.recipe = session.recipe
         self.rule = MaskRule(target, self.recipe.granularity, self.recipe.ranking, self.recipe.allocation)
         self.blocks = range(self.context.model.n_blocks)
         self.statistics = BlockStatistics(

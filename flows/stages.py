@@ -179,7 +179,7 @@ def _dense_evaluation(session: Session) -> Reference:
 
 
 def _shot_facts(shot: Shot) -> dict[str, Any]:
-    names = ("threshold", "n_removed", "predicted_cost", "sparsity")
+    names = ("threshold", "n_removed", "predicted_cost", "sparsity", "convergence")
     return {
         "shot": shot.number,
         "target": shot.target,

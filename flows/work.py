@@ -6,6 +6,9 @@ Units are multiply-adds; a float64 one counts double. Only ratios matter: the ra
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from surgeon.choices import UpdateRule
+from surgeon.curvature.spec import Statistic
+
 if TYPE_CHECKING:
     from flows.session import Session
 
@@ -24,6 +27,7 @@ class WorkPlan:
 
     Attributes:
         curvature: of all groups of one shot.
+        refining: of all groups of one shot, for what is computed from K-FAC's factors.
         costs: of one block.
         update: of one block.
         evaluation: of one evaluation.
@@ -34,6 +38,7 @@ class WorkPlan:
     """
 
     curvature: float
+    refining: float
     costs: float
     update: float
     evaluation: float
@@ -51,11 +56,21 @@ class WorkPlan:
         per_token = model.n_weights + model.width * model.n_vocabulary
         squares = sum(s.n_out**2 + s.n_in**2 for block in model.blocks for s in block)
         cubes = sum(s.n_out**3 + s.n_in**3 for block in model.blocks for s in block) / model.n_blocks
+        cross = 2.0 * sum((s.n_out + s.n_in) * s.n_weights for block in model.blocks for s in block) / model.n_blocks
+        recipe = session.recipe
+        refining = 0.0
+        if Statistic.MOMENTS in recipe.curvature.statistics:
+            refining = n_calibration * (2 * per_token + squares + model.n_weights)
+        if Statistic.KRONECKER_TERMS in recipe.curvature.statistics:
+            refining = (
+                recipe.curvature.iterations * n_calibration * (2 * per_token + 3 * recipe.curvature.rank * squares)
+            )
         recomputed = 0 if len(session.context.groups) == 1 else 1
         return cls(
             curvature=n_calibration * ((2 + recomputed) * per_token + _FACTORS * squares),
-            costs=_FLOAT64 * _COST_CUBES * cubes,
-            update=_FLOAT64 * _UPDATE_CUBES * cubes,
+            refining=refining,
+            costs=_FLOAT64 * _COST_CUBES * cubes if recipe.update.rule is not UpdateRule.SEQUENTIAL else 0.0,
+            update=recipe.update.max_iterations * cross / 2 or _FLOAT64 * _UPDATE_CUBES * cubes,
             evaluation=n_evaluation * per_token,
             sample=per_token * params.report.new_tokens * 4.0,
             groups=len(session.context.groups),
@@ -68,6 +83,8 @@ class WorkPlan:
         kind = task.rsplit("/", 1)[-1]
         return {
             "curvature": self.curvature / self.groups,
+            "moments": self.refining / self.groups,
+            "kronecker-terms": self.refining / self.groups,
             "costs": self.costs,
             "update": self.update,
             "evaluation": self.evaluation,
@@ -78,5 +95,5 @@ class WorkPlan:
     @property
     def total(self) -> float:
         """Work of the whole run."""
-        shot = self.curvature + self.blocks * (self.costs + self.update) + self.evaluation
+        shot = self.curvature + self.refining + self.blocks * (self.costs + self.update) + self.evaluation
         return self.shots * shot + self.evaluation + 3 * self.sample

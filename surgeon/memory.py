@@ -42,6 +42,7 @@ class MemoryEstimate:
         dtype_bytes: int,
         blocks_per_group: int,
         pass_tokens: int = 0,
+        factor_copies: int = 1,
     ) -> "MemoryEstimate":
         """Estimates from shapes.
 
@@ -53,13 +54,14 @@ class MemoryEstimate:
             dtype_bytes: bytes of a weight.
             blocks_per_group: blocks held at a time.
             pass_tokens: tokens of all sequences of a pass, whose hidden states and gradients groups hand to each other.
+            factor_copies: matrices of the size of each factor that are held at once.
         """
         largest = sorted((_block_bytes(block, dtype_bytes, batch_tokens) for block in blocks), reverse=True)
         held = largest[:blocks_per_group]
         return cls(
             trunk=2 * n_vocabulary * width * dtype_bytes,
             weights=sum(block[0] for block in held),
-            factors=sum(block[1] for block in held),
+            factors=factor_copies * sum(block[1] for block in held),
             activations=sum(block[2] for block in held),
             head=_HEAD_COPIES * batch_tokens * n_vocabulary * _FLOAT32,
             boundaries=0 if blocks_per_group >= len(blocks) else _BOUNDARY_ARRAYS * pass_tokens * width * _FLOAT32,

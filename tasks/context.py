@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from surgeon.curvature.spec import CurvatureSpec, Statistic
 from surgeon.models import Checkpoint
 from surgeon.passes.groups import block_groups
 from surgeon.store import Reference
@@ -58,10 +59,18 @@ class ModelSpec:
         """Weights of all decoder linears: what sparsity is a fraction of."""
         return sum(linear.n_weights for block in self.blocks for linear in block)
 
-    @property
-    def factor_bytes(self) -> int:
-        """Bytes of all factors as they are stored: triangles of float32, an input counted for each of its readers."""
-        return sum(2 * (linear.n_out**2 + linear.n_in**2) for block in self.blocks for linear in block)
+    def statistic_bytes(self, spec: CurvatureSpec) -> int:
+        """Bytes of all statistics of a curvature as they are stored, an input counted for each of its readers."""
+        shapes = [shape for block in self.blocks for shape in block]
+        squares = 4 * sum(s.n_out**2 + s.n_in**2 for s in shapes)
+        sizes = {
+            Statistic.INPUT_FACTORS: 2 * sum(s.n_in**2 for s in shapes),
+            Statistic.OUTPUT_FACTORS: 2 * sum(s.n_out**2 for s in shapes),
+            Statistic.MOMENTS: squares + self.update_bytes,
+            Statistic.KRONECKER_TERMS: spec.rank * squares + squares // 2,
+            Statistic.DIAGONAL: self.update_bytes,
+        }
+        return sum(sizes[statistic] for statistic in spec.statistics)
 
     @property
     def update_bytes(self) -> int:
