@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from flows.engine import InlineEngine
 from flows.params import Params
@@ -256,3 +257,27 @@ def test_reading_back(case: Case) -> None:
         assert each["terms"].gradients.shape == (2, n_out, n_out)
         assert each["diagonal"].sum() == pytest.approx(float(each["moments"].moments.sum()), rel=1e-4)
         assert each["loss_gradient"].shape == (n_out, n_in)
+
+
+def test_moments_are_of_what_lives(case: Case, inputs: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(inputs / "model", model)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(model / "model.safetensors")
+    tensors[name][3] = 0.0
+    tensors[name][:, 5:7] = 0.0
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    case.params["model"] = {"source": str(model)}
+    statistics = case.statistics(EKFAC)
+    statistics.ensure({1})
+    references = statistics.lookup(1)
+    assert references is not None
+    factors = read_statistics(statistics.context, references, ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"))
+    gate, up, down = (each.moments for each in factors.values())
+    assert gate is not None
+    assert up is not None
+    assert down is not None
+    assert gate.moments.shape == (48, 32)
+    assert up.moments.shape == (47, 30)
+    assert down.moments.shape == (32, 47), "its input from the dead row is always zero"
+    assert gate.basis_in.shape == (32, 32), "not shared: other columns live"
