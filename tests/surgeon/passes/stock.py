@@ -21,6 +21,46 @@ def token_losses(model, tokens):
     return -log_probabilities.gather(2, tokens[:, 1:, None])[..., 0]
 
 
+def stock_tokens(path, sequences, blocks_path, next_tokens=None):
+    """Input and output gradient of every token, by full name of a linear: `[n_tokens, n]` float64 each.
+
+    Args:
+        path: of the checkpoint; the whole model runs in float64.
+        sequences: `[n_sequences, length]`.
+        blocks_path: where the blocks are.
+        next_tokens: targets `[n_sequences, length - 1]` instead of those of the text.
+
+    Returns:
+        Inputs, gradients, and the gradients of the weights.
+    """
+    model = load_stock(path, torch.float64)
+    tokens = torch.from_numpy(sequences)
+    inputs, outputs, modules = {}, {}, {}
+
+    def keep(name):
+        def hook(_module, args, output):
+            output.retain_grad()
+            inputs[name], outputs[name] = args[0].detach(), output
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.startswith(f"{blocks_path}."):
+            module.register_forward_hook(keep(name))
+            modules[name] = module
+    targets = tokens[:, 1:] if next_tokens is None else next_tokens
+    log_probabilities = model(tokens).logits[:, :-1].log_softmax(dim=-1)
+    (-log_probabilities.gather(2, targets[..., None])).sum().backward()
+    return (
+        {name: x.flatten(0, -2) for name, x in inputs.items()},
+        {name: y.grad.flatten(0, -2) for name, y in outputs.items()},
+        {
+            name: (linear.weight.grad, None if linear.bias is None else linear.bias.grad)
+            for name, linear in modules.items()
+        },
+    )
+
+
 @dataclass
 class StockCurvature:
     """One forward and backward of all sequences at once, recorded with hooks.
