@@ -1,4 +1,4 @@
-"""Kronecker factors of the linears of one block.
+"""Kronecker factors of a linear, and what else a curvature is made of.
 
 For a linear with weight `[n_out, n_in]`, input ``a_t`` and loss gradient ``g_t`` at its output for token t:
 
@@ -10,7 +10,6 @@ For a linear with weight `[n_out, n_in]`, input ``a_t`` and loss gradient ``g_t`
 Reference: Martens & Grosse 2015, section 3; van der Ouderaa et al. 2024 (LLM Surgeon), section 3.1.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -79,27 +78,3 @@ class LinearFactors:
         result[:n_in, n_in] = self.mean_input
         result[n_in, n_in] = 1.0
         return result
-
-
-@dataclass(frozen=True)
-class BlockFactors:
-    """Factors of all linears of one block, with shared inputs held once.
-
-    Attributes:
-        activations: ``A`` by the first linear of each group of linears with a common input.
-        mean_inputs: ``m`` by the same names.
-        gradients: ``G`` by linear.
-        reads: for every linear, the name under which its input's ``A`` is found.
-        n_tokens: number of tokens behind the means.
-    """
-
-    activations: Mapping[str, Tensor]
-    mean_inputs: Mapping[str, Tensor]
-    gradients: Mapping[str, Tensor]
-    reads: Mapping[str, str]
-    n_tokens: int
-
-    def linear(self, name: str) -> LinearFactors:
-        """The factors of one linear."""
-        source = self.reads[name]
-        return LinearFactors(self.activations[source], self.mean_inputs[source], self.gradients[name])

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from surgeon.curvature.factors import BlockFactors, LinearFactors
+from surgeon.curvature.factors import LinearFactors
 from surgeon.curvature.gram import add_gram, mirror_lower
 
 N_OUT, N_IN, N_HIDDEN = 4, 6, 5
@@ -30,23 +30,6 @@ def test_augmented_activations_are_those_of_the_input_with_a_one(n_tokens: int, 
     assert augmented.dtype is dtype
     assert_close(augmented, with_one.T @ with_one / n_tokens)
     assert torch.equal(augmented, augmented.T)
-
-
-def test_linears_with_a_common_input_share_their_activations() -> None:
-    qkv, mlp = random(0, 3, 3), random(1, 4, 4)
-    gradients = {name: random(2 + i, 2, 2) for i, name in enumerate(("q", "k", "fc1"))}
-    block = BlockFactors(
-        activations={"q": qkv, "fc1": mlp},
-        mean_inputs={"q": qkv[0], "fc1": mlp[0]},
-        gradients=gradients,
-        reads={"q": "q", "k": "q", "fc1": "fc1"},
-        n_tokens=10,
-    )
-    assert block.linear("k").activations is block.linear("q").activations is qkv
-    assert block.linear("k").mean_input is block.mean_inputs["q"]
-    assert block.linear("k").gradients is gradients["k"]
-    assert block.linear("fc1").activations is mlp
-    assert block.linear("fc1").mean_input is block.mean_inputs["fc1"]
 
 
 class TwoLayers:
