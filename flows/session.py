@@ -11,6 +11,7 @@ from flows.engine import Engine
 from flows.params import Params
 from flows.workspace import Workspace
 from surgeon.choices import Device
+from surgeon.correction.adapters import AdapterSettings
 from surgeon.curvature.spec import CurvatureSpec, Statistic
 from surgeon.errors import ParameterError
 from surgeon.memory import MemoryEstimate, blocks_that_fit
@@ -46,6 +47,19 @@ class Session:
     def recipe(self) -> Recipe:
         """How to prune, with every choice made."""
         return self.params.prune.recipe(self.params.seed)
+
+    @cached_property
+    def adapters(self) -> AdapterSettings:
+        """How low-rank adapters are trained, where they are."""
+        given = self.params.prune.adapters
+        return AdapterSettings(
+            rank=given.rank,
+            learning_rate=given.learning_rate,
+            epochs=given.epochs,
+            fraction=given.fraction,
+            batch_size=self.params.run.batch_size,
+            seed=self.params.seed,
+        )
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
