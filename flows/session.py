@@ -117,6 +117,16 @@ class Session:
         """The state before anything is pruned."""
         return ModelState(self.checkpoint.digest)
 
+    def sibling(self, params: Params) -> "Session":
+        """A session that prunes in another way: the model, the texts and the execution must be the same.
+
+        What has been opened is shared, so nothing is read or hashed twice.
+        """
+        other = Session(params, self.workspace, self.engine, self.say, self._calibrations)
+        shared = ["checkpoint", "model", "context", *(["windows"] if params.seed == self.params.seed else [])]
+        other.__dict__.update({name: getattr(self, name) for name in shared})
+        return other
+
     def sequence_spec(self, shot: int = 1) -> SequenceSpec:
         """Calibration sequences of a shot: the same for all shots unless prune.fresh_calibration."""
         calibrate = self.params.calibrate
@@ -144,12 +154,16 @@ class Session:
         require_length(self.model, self.params.calibrate.length, "calibrate.length")
         require_length(self.model, self.params.evaluate.length, "evaluate.length")
         require_separate(self.sequence_spec().text, self.window_spec().text)
-        self._require_pattern()
+        self.check_structure()
         self.workspace.store.mkdir(parents=True, exist_ok=True)
         _ = self.context
 
-    def _require_pattern(self) -> None:
-        """Refuses an N:M pattern that the inputs of a linear do not divide into."""
+    def check_structure(self) -> None:
+        """Refuses an N:M pattern that the inputs of a linear do not divide into.
+
+        Raises:
+            ParameterError: naming block and linear.
+        """
         pattern = self.params.prune.structure
         if not isinstance(pattern, NMPattern):
             return
