@@ -19,7 +19,7 @@ from surgeon.store import Reference, Store
 
 STAGE = "compare"
 _COSTS_MASK = ("costs", "mask")
-_UPDATE = ("update", "adapters")
+_UPDATE = ("update", "correction")
 _NOT_COUNTED = ("evaluation", "shot", "sequences", "windows")
 
 

@@ -11,7 +11,7 @@ from surgeon.correction.adapters import AdapterResult, AdapterSettings, train_ad
 from surgeon.store import Reference, Store
 from tasks.context import Context, ModelState
 from tasks.progress import report
-from tasks.stage import Outcome, Product, Request, Stage, commit, read_arrays, readable
+from tasks.stage import Outcome, Product, Request, Stage, begin, commit, read_arrays, readable
 from tasks.weights import open_model, read_linears
 
 CORRECTION = Stage(
@@ -57,7 +57,7 @@ def correction_task(
         found = [readable(store, request.key(context)) for request in requests]
         if all(reference is not None for reference in found):
             return Outcome([ref for ref in found if ref is not None], cached=True, seconds=0.0)
-        start = time.perf_counter()
+        start = begin()
         tokens = read_arrays(context, calibration.key)["tokens"]
         live = {name: mask for b in range(len(requests)) for name, mask in _live_weights(context, state, b).items()}
         progress = partial(report, f"{label}: correction")
