@@ -4,6 +4,7 @@ Every run is looked up or made like that of the prune stage, so a comparison tha
 """
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from flows.card import describe_settings
 from flows.compare_files import write_comparison
@@ -128,7 +129,10 @@ def _protocol(session: Session, runs: Sequence[Run]) -> dict[str, str]:
     def text(facts: dict[str, object], count: str, things: str) -> str:
         n, length = int(str(facts[count])), int(str(facts["length"]))
         split = f", {facts['split']}" if facts["split"] else ""
-        return f"{facts['source']}{split} ({facts['revision']}): {n} {things} of {length} tokens, {n * length:,} in all"
+        source = Path(str(facts["source"]))
+        # Of a local file the name is enough: where it lies is nobody else's concern, and the digest names the content.
+        name = source.name if source.exists() else facts["source"]
+        return f"{name}{split} ({facts['revision']}): {n} {things} of {length} tokens, {n * length:,} in all"
 
     return {
         "model": f"{model['source']}, revision {model['revision']}, {session.params.model.dtype}",

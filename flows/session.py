@@ -35,12 +35,15 @@ class Session:
         workspace: files.
         engine: runs and counts tasks.
         say: shows a line to the user (what takes time before any task runs).
+        keeps_first_shot: whether what the first shot measured stays whatever `run.keep` says, because other sessions
+            start from the same model.
     """
 
     params: Params
     workspace: Workspace
     engine: Engine
     say: Callable[[str], None] = lambda _line: None
+    keeps_first_shot: bool = False
     _calibrations: dict[SequenceSpec, Reference] = field(default_factory=dict)
 
     @cached_property
@@ -120,9 +123,10 @@ class Session:
     def sibling(self, params: Params) -> "Session":
         """A session that prunes in another way: the model, the texts and the execution must be the same.
 
-        What has been opened is shared, so nothing is read or hashed twice.
+        What has been opened is shared, so nothing is read or hashed twice, and what is measured of the dense model
+        stays in the store for the next.
         """
-        other = Session(params, self.workspace, self.engine, self.say, self._calibrations)
+        other = Session(params, self.workspace, self.engine, self.say, True, self._calibrations)
         shared = ["checkpoint", "model", "context", *(["windows"] if params.seed == self.params.seed else [])]
         other.__dict__.update({name: getattr(self, name) for name in shared})
         return other
