@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test check format lint types bench clean
+.PHONY: help env run compare test check format lint types bench clean
 
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -24,6 +24,9 @@ env: $(VENV)/installed  ## make the environment
 
 run: env  ## prune the embedded model: the whole job, with a table at the end (S="prune.sparsity=0.3 ..." overrides)
 	$(BIN)/surgeon run $(foreach s,$(S),-S $(s))
+
+compare: env  ## compare methods on the embedded model: tables and a plot in data/compare (minutes; S as for run)
+	$(BIN)/surgeon compare compare.yaml $(foreach s,$(S),-S $(s))
 
 test: env  ## run all tests but the slow ones, a short run on the real model included
 	$(BIN)/pytest
@@ -48,4 +51,4 @@ bench: env  ## measure speed and memory (needs SURGEON_TEXT_DIR; see docs/benchm
 	$(BIN)/python -m benchmarks.ablation data/bench
 
 clean:  ## remove what runs produced, except fetched models
-	rm -rf data/store data/run.zarr data/manifest.json data/stages data/timings data/metrics data/export data/bench .prefect
+	rm -rf data/store data/run.zarr data/manifest.json data/stages data/timings data/metrics data/export data/compare data/bench .prefect

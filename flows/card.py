@@ -7,14 +7,13 @@ from flows.results import provenance
 from flows.session import Session
 
 _ELSEWHERE = ("sparsity",)
-"""Settings that the card has in its tables."""
+"""Settings that are in the tables beside."""
 
 
 def model_card(session: Session, dense: dict[str, Any], prune: dict[str, Any], texts: dict[str, Any]) -> str:
     """What was removed, how, from which data, and what it cost: Markdown with the hub's metadata header."""
     origin = provenance(session)
     recipe = origin["parameters"]["prune"]
-    settings = ", ".join(f"{name} {value}" for name, value in _leaves(recipe) if name not in _ELSEWHERE)
     trained = "with low-rank adapters trained after each shot" if recipe["adapters"] else "without retraining"
     pruned = prune["pruned"]
     calibration, evaluation = texts["calibration"], texts["evaluation"]
@@ -30,7 +29,7 @@ tags: [pruned, surgeon]
 
 # {_inline(session.checkpoint.source)}, {pruned["sparsity"]:.1%} of its decoder weights removed
 
-Pruned with Surgeon {origin["versions"]["surgeon"]} {trained}: {settings}.
+Pruned with Surgeon {origin["versions"]["surgeon"]} {trained}: {describe_settings(recipe)}.
 
 | | dense | pruned |
 |---|---|---|
@@ -52,6 +51,11 @@ is not faster than the dense one.
 - Digest of the pruned weights: `{prune["weights_digest"]}`.
 - Versions: {versions}.
 """
+
+
+def describe_settings(resolved: dict[str, Any]) -> str:
+    """All settings of pruning that have an effect, but the sparsity, in one line."""
+    return ", ".join(f"{name} {value}" for name, value in _leaves(resolved) if name not in _ELSEWHERE)
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

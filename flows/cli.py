@@ -3,8 +3,8 @@
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,27 +70,12 @@ ModelArgument = Annotated[
 ]
 
 
-@contextmanager
 def _session(
     root: Path, params_file: Path | None, overrides: list[str] | None, quiet: bool, engine: str | None
-) -> "Iterator[Session]":
-    """Opens parameters, files, engine and display for one command."""
-    from flows.display import Display
-    from flows.engine import InlineEngine
-    from flows.params import load_params
-    from flows.prefect_engine import PrefectEngine
-    from flows.session import Session
-    from flows.workspace import Workspace
+) -> "AbstractContextManager[Session]":
+    from flows.opening import load_session
 
-    root = root.resolve()
-    default = root / "params.yaml"
-    file = params_file or (default if default.is_file() else None)
-    given = [*(overrides or []), *([f"run.engine={engine}"] if engine else [])]
-    params = load_params(file, given)
-    with Display(quiet) as display:
-        chosen = PrefectEngine(root, display) if params.run.engine == "prefect" else InlineEngine(display)
-        session = Session(params, Workspace(root, params.run.store), chosen, display.say)
-        yield session
+    return load_session(root, params_file, overrides, quiet, engine)
 
 
 def _show(value: Any, as_json: bool, draw: "Callable[[Any, Console], None]") -> None:
@@ -202,6 +187,33 @@ def report(
         results = write_results(session)
     if as_json or not quiet:
         _show(results, as_json, render_results)
+
+
+@app.command()
+def compare(
+    file: Annotated[Path, typer.Argument(help="YAML file with the tables (docs/results.md).")],
+    override: Override = None,
+    params: ParamsFile = None,
+    project: Root = Path(),
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    engine: EngineName = None,
+) -> None:
+    """Compare methods at equal terms: tables of perplexity by sparsity and a plot, in data/compare.
+
+    `-S` wins over what FILE sets. A cell that fails is reported, and the others go on.
+    """
+    from flows.compare import compare_all
+    from flows.compare_spec import load_spec, plan_runs
+    from flows.opening import open_session, parameter_file, with_engine
+    from flows.render import render_comparison
+
+    runs = plan_runs(load_spec(file), file, parameter_file(project, params), with_engine(override, engine))
+    with open_session(project, runs[0].params, quiet or as_json) as session:
+        comparison = compare_all(session, runs)
+    if as_json or not quiet:
+        _show(comparison.metrics() if as_json else comparison, as_json, render_comparison)
+    comparison.raise_failures(session.workspace.comparison)
 
 
 @app.command()

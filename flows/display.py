@@ -116,5 +116,10 @@ class Display(TaskObserver):
         if now - self._last_line >= _LINE_EVERY_S:
             self._last_line = now
             elapsed = int(now - self._start)
-            parts = [f"{elapsed // 60}:{elapsed % 60:02d}", f"{self._fraction():4.0%}", what, self._left()]
+            parts = [
+                f"{elapsed // 60}:{elapsed % 60:02d}",
+                f"{self._fraction():4.0%}" if self._plan else "",
+                what,
+                self._left(),
+            ]
             self._console.print("  ".join(part for part in parts if part), highlight=False, markup=False)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -71,6 +71,12 @@ def _reason(detail: ErrorDetails, root: type[BaseModel]) -> str:
         return f"got {_show(got)}; allowed: true, false"
     if kind == "string_type":
         return f"got {_show(got)}; must be text, so put it in quotes"
+    if kind == "tuple_type":
+        return f"got {_show(got)}; must be a list"
+    if kind == "too_short":
+        return "must have at least one entry"
+    if kind == "missing":
+        return "is missing"
     if kind == "string_too_short":
         return "got an empty text; must have at least one character"
     if isinstance(got, Mapping):  # a whole section: the message names what in it is wrong
@@ -89,7 +95,8 @@ def _section(root: type[BaseModel], location: _Location) -> type[BaseModel]:
     """The model class of a section by the keys that lead to it."""
     section: Any = root
     for key in location:
-        section = section.model_fields[str(key)].annotation
+        # The entries of a list are all of the type in `tuple[Type, ...]`.
+        section = get_args(section)[0] if isinstance(key, int) else section.model_fields[key].annotation
     return section  # type: ignore[no-any-return]
 
 

@@ -65,7 +65,8 @@ def _evict(session: Session, shots: list[Shot]) -> None:
         return
     store = Store(session.context.store)
     kinds = set(Statistic) if is_structured(session.recipe.granularity) else {*Statistic, COSTS.kind}
-    for shot in shots[:-1] if policy is Keep.LAST else shots:
+    dropped = shots[:-1] if policy is Keep.LAST else shots
+    for shot in dropped[1:] if session.keeps_first_shot else dropped:
         large = [ref for ref in shot.references.values() if ref.kind in kinds]
         for reference in (*large, *shot.passed_on):
             if store.has_payload(reference.key):

@@ -5,6 +5,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from flows.compare_spec import DENSE, percent
+from flows.comparison import USAGE_TITLES, Cell, Comparison, show_perplexity
 
 _PLAIN_WIDTH = 160
 """Columns where the output is not a terminal, so that tables in files and pipes are not squeezed."""
@@ -67,6 +71,26 @@ def _seconds_line(results: dict[str, Any]) -> str:
         f"{results['elapsed_s']:.0f} s this time ({tasks['executed']} tasks executed, {tasks['cached']} reused), "
         f"peak memory {results['peak_memory_gib']:.2f} GiB. Seconds by stage when computed: {parts}."
     )
+
+
+def render_comparison(comparison: Comparison, console: Console) -> None:
+    """One table for each of a comparison; the best of each column is bold."""
+    for found in comparison.tables:
+        table = Table(title=Text(found.title), title_justify="left")
+        for name in ("", *map(percent, found.sparsities), *USAGE_TITLES):
+            table.add_column(name, justify="right" if name else "left")
+        dense = [show_perplexity(comparison.dense["perplexity"])] * len(found.sparsities)
+        table.add_row(DENSE, *dense)
+        for row in found.rows:
+            cells = [_comparison_cell(cell, found.best(column)) for column, cell in enumerate(row.cells)]
+            table.add_row(Text(" ".join(row.name.split())), *cells, *row.usage.texts())
+        console.print(table)
+
+
+def _comparison_cell(cell: Cell, best: float | None) -> Text:
+    if cell.perplexity is None:
+        return Text("failed")
+    return Text(show_perplexity(cell.perplexity), style="bold" if cell.perplexity == best else "")
 
 
 def render_evaluation(facts: dict[str, Any], console: Console) -> None:

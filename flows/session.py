@@ -11,6 +11,7 @@ from flows.engine import Engine
 from flows.params import Params
 from flows.workspace import Workspace
 from surgeon.choices import Device
+from surgeon.correction.adapters import AdapterSettings
 from surgeon.curvature.spec import CurvatureSpec, Statistic
 from surgeon.errors import ParameterError
 from surgeon.memory import MemoryEstimate, blocks_that_fit
@@ -34,18 +35,34 @@ class Session:
         workspace: files.
         engine: runs and counts tasks.
         say: shows a line to the user (what takes time before any task runs).
+        keeps_first_shot: whether what the first shot measured stays whatever `run.keep` says, because other sessions
+            start from the same model.
     """
 
     params: Params
     workspace: Workspace
     engine: Engine
     say: Callable[[str], None] = lambda _line: None
+    keeps_first_shot: bool = False
     _calibrations: dict[SequenceSpec, Reference] = field(default_factory=dict)
 
     @cached_property
     def recipe(self) -> Recipe:
         """How to prune, with every choice made."""
         return self.params.prune.recipe(self.params.seed)
+
+    @cached_property
+    def adapters(self) -> AdapterSettings:
+        """How low-rank adapters are trained, where they are."""
+        given = self.params.prune.adapters
+        return AdapterSettings(
+            rank=given.rank,
+            learning_rate=given.learning_rate,
+            epochs=given.epochs,
+            fraction=given.fraction,
+            batch_size=self.params.run.batch_size,
+            seed=self.params.seed,
+        )
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -103,6 +120,17 @@ class Session:
         """The state before anything is pruned."""
         return ModelState(self.checkpoint.digest)
 
+    def sibling(self, params: Params) -> "Session":
+        """A session that prunes in another way: the model, the texts and the execution must be the same.
+
+        What has been opened is shared, so nothing is read or hashed twice, and what is measured of the dense model
+        stays in the store for the next.
+        """
+        other = Session(params, self.workspace, self.engine, self.say, True, self._calibrations)
+        shared = ["checkpoint", "model", "context", *(["windows"] if params.seed == self.params.seed else [])]
+        other.__dict__.update({name: getattr(self, name) for name in shared})
+        return other
+
     def sequence_spec(self, shot: int = 1) -> SequenceSpec:
         """Calibration sequences of a shot: the same for all shots unless prune.fresh_calibration."""
         calibrate = self.params.calibrate
@@ -130,12 +158,16 @@ class Session:
         require_length(self.model, self.params.calibrate.length, "calibrate.length")
         require_length(self.model, self.params.evaluate.length, "evaluate.length")
         require_separate(self.sequence_spec().text, self.window_spec().text)
-        self._require_pattern()
+        self.check_structure()
         self.workspace.store.mkdir(parents=True, exist_ok=True)
         _ = self.context
 
-    def _require_pattern(self) -> None:
-        """Refuses an N:M pattern that the inputs of a linear do not divide into."""
+    def check_structure(self) -> None:
+        """Refuses an N:M pattern that the inputs of a linear do not divide into.
+
+        Raises:
+            ParameterError: naming block and linear.
+        """
         pattern = self.params.prune.structure
         if not isinstance(pattern, NMPattern):
             return

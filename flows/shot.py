@@ -10,10 +10,12 @@ from typing import Any
 
 from flows.session import Session
 from flows.statistics import BlockStatistics
-from surgeon.choices import UpdateRule
+from surgeon.choices import Correction, UpdateRule
+from surgeon.correction.adapters import AdapterSettings
 from surgeon.pruning.granularity import is_structured
 from surgeon.store import Reference, Store
 from tasks.context import Context, ModelState, StoredBlock
+from tasks.correction import CORRECTION, correction_task
 from tasks.costs import COSTS, BlockWork, cost_request, cost_task
 from tasks.curvature import STAGES
 from tasks.evaluation import evaluation_task
@@ -145,9 +147,11 @@ class ShotRun:
 
     def _request(self) -> Request:
         recipe = asdict(self.recipe) | {"granularity": str(self.recipe.granularity)}
-        stages = [*(STAGES[statistic] for statistic in self.statistics.wanted), COSTS, MASK, UPDATE, *self._correction]
+        stages = [*(STAGES[statistic] for statistic in self.statistics.wanted), COSTS, MASK, UPDATE]
+        stages += [CORRECTION] if self._adapters else []
         parameters = {
             "recipe": recipe,
+            "adapters": asdict(self._adapters) if self._adapters else None,
             "target": self.target,
             "batch_size": self.context.batch_size,
             "versions": {stage.kind: stage.version for stage in stages},
@@ -156,8 +160,9 @@ class ShotRun:
         return Request(SHOT, parameters, inputs, f"{self.label}/shot")
 
     @property
-    def _correction(self) -> list[Stage]:
-        return []
+    def _adapters(self) -> AdapterSettings | None:
+        """How low-rank adapters are trained after the updates; None if they are not."""
+        return self.session.adapters if self.recipe.correction is Correction.ADAPTERS else None
 
     def _run_tasks(self) -> tuple[dict[str, Reference], dict[str, Any]]:
         self.statistics.ensure({b for b in self.blocks if self.statistics.lookup(b) is None}, first=True)
@@ -175,15 +180,18 @@ class ShotRun:
             removals = [Removal(self.target, cost, mask) for cost in costs]
         updates = self._updates(works, removals)
         names |= {work.name("update"): ref for work, ref in zip(works, updates, strict=True)}
+        after = self._corrected(updates) if self._adapters else updates
+        names |= {work.name("correction"): ref for work, ref in zip(works, after, strict=True) if after is not updates}
         before, facts = self._n_live_before(), self._facts(updates)
         record = {
             "names": {name: ref.key for name, ref in names.items()},
-            "updates": [[ref.key, ref.digest] for ref in updates],
+            "updates": [[ref.key, ref.digest] for ref in after],
             "sparsity": 1.0 - facts["n_live"] / self.context.model.n_weights,
             "n_removed": mask.attributes["n_removed"] if mask else before - facts["n_live"],
             "threshold": mask.attributes["threshold"] if mask else None,
             "predicted_cost": facts["predicted_cost"],
             "convergence": facts["convergence"],
+            "correction": after[0].attributes.get("correction"),
         }
         produce(self.context, self._request(), lambda: Product({}, record))
         return names, record
@@ -214,6 +222,14 @@ class ShotRun:
         self.statistics.ensure(missing)
         return [self._task(update_task, self.context, *pair, name=pair[0].name("update")) for pair in pairs]
 
+    def _corrected(self, updates: list[Reference]) -> list[Reference]:
+        """Weights after training low-rank adapters on all blocks at once."""
+        state, name = self.state.after(updates), f"{self.label}/correction"
+        corrected: list[Reference] = self._task(
+            correction_task, self.context, state, self.calibration, self._adapters, self.label, name=name
+        )
+        return corrected
+
     def _n_live_before(self) -> int:
         if not self.state.updates:
             return self.context.model.n_weights
@@ -242,7 +258,8 @@ class ShotRun:
         """Names of all tasks of the shot but its evaluation, as far as they always run."""
         kinds = ("costs", "update") if self._has_mask else ("update",)
         blocks = [f"{self.label}/block-{b:02d}/{kind}" for kind in kinds for b in self.blocks]
-        return [*self.statistics.task_names(), *blocks, *([f"{self.label}/mask"] if self._has_mask else [])]
+        whole = ["mask"] * self._has_mask + ["correction"] * (self._adapters is not None)
+        return [*self.statistics.task_names(), *blocks, *(f"{self.label}/{kind}" for kind in whole)]
 
     def _readable(self, request: Request) -> bool:
         return readable(self.store, request.key(self.context)) is not None

@@ -4,8 +4,6 @@ Each stage writes `data/stages/<stage>.json`, which depends on its inputs alone,
 there is one; how it went (seconds, tasks) goes to `data/timings/<stage>.json`.
 """
 
-import resource
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,13 +15,13 @@ from flows.shot import Shot
 from flows.work import WorkPlan
 from flows.workspace import read_json, write_json
 from surgeon.errors import InputError
+from surgeon.peak import process_peak_gib
 from surgeon.store import Reference, Store, build_view
 from tasks.calibration import overlap
 from tasks.context import ModelState, StoredBlock
 from tasks.evaluation import evaluation_task, sample_task
 from tasks.export import export_task
 
-_MAXRSS_UNITS_PER_GIB = 2**30 if sys.platform == "darwin" else 2**20
 STAGES = ("model", "calibrate", "evaluate", "prune", "export", "report")
 
 
@@ -43,7 +41,7 @@ def model(session: Session) -> None:
 
 def evaluate_other(session: Session) -> dict[str, Any]:
     """Evaluates a model that is not the pipeline's own, without writing anything down but the cached result."""
-    return dict(session.engine.stage("evaluate", lambda: _dense_evaluation(session)).attributes)
+    return dict(session.engine.stage("evaluate", lambda: dense_evaluation(session)).attributes)
 
 
 def calibrate(session: Session) -> None:
@@ -59,7 +57,7 @@ def calibrate(session: Session) -> None:
 
 def evaluate(session: Session) -> None:
     """Evaluates the dense model."""
-    dense = _dense_evaluation(session)
+    dense = dense_evaluation(session)
     _finish(session, "evaluate", {"dense/evaluation": dense}, dict(dense.attributes))
 
 
@@ -70,7 +68,7 @@ def prune_stage(session: Session) -> None:
     references = {
         "calibration/sequences": session.calibration(),
         "evaluation/windows": session.windows,
-        "dense/evaluation": _dense_evaluation(session),
+        "dense/evaluation": dense_evaluation(session),
     }
     for shot in shots:
         references |= shot.references
@@ -126,7 +124,7 @@ _BODIES: dict[str, Callable[[Session], None]] = {
 def run_stage(session: Session, name: str) -> None:
     """Runs one stage as a flow."""
     session.engine.stage(name, lambda: _BODIES[name](session))
-    _write_timing(session, name)
+    write_timing(session, name)
 
 
 def run_all(session: Session) -> dict[str, Any]:
@@ -171,7 +169,8 @@ def pruned_state(session: Session) -> ModelState:
     return ModelState(session.checkpoint.digest, tuple(StoredBlock(key, digest) for key, digest in updates))
 
 
-def _dense_evaluation(session: Session) -> Reference:
+def dense_evaluation(session: Session) -> Reference:
+    """The evaluation of the dense model."""
     reference: Reference = session.engine.task(
         evaluation_task, session.context, session.dense, session.windows, "dense", name="dense/evaluation"
     )
@@ -230,7 +229,8 @@ def _finish(session: Session, name: str, references: dict[str, Reference], facts
     write_json(session.workspace.stage_file(name), value)
 
 
-def _write_timing(session: Session, name: str) -> None:
+def write_timing(session: Session, name: str) -> None:
+    """Writes down how a stage went, in `data/timings`."""
     tally = session.engine.tallies[name]
     write_json(
         session.workspace.timing_file(name),
@@ -239,7 +239,7 @@ def _write_timing(session: Session, name: str) -> None:
             "cached": tally.cached,
             "seconds": tally.seconds,
             "elapsed_s": tally.elapsed_s,
-            "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MAXRSS_UNITS_PER_GIB,
+            "peak_memory_gib": process_peak_gib(),
             "engine": session.engine.name,
         },
     )

@@ -59,6 +59,11 @@ class Workspace:
         """The numbers of the run, for scripts and for DVC."""
         return self.data / "metrics" / "run.json"
 
+    @property
+    def comparison(self) -> Path:
+        """Tables and plots of `surgeon compare`."""
+        return self.data / "compare"
+
     def stage_file(self, stage: str) -> Path:
         """What a stage found: the same bytes whenever it is run again."""
         return self.data / "stages" / f"{stage}.json"
@@ -70,9 +75,14 @@ class Workspace:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file in one step: it has the old content or the new, never a part."""
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file in one step: it has the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.write_bytes(content)
     temporary.replace(path)
 
 

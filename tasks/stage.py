@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from surgeon.peak import peak_gib, reset_peak
 from surgeon.store import Reference, Store, stage_key
 from tasks.context import Context
 
@@ -94,9 +95,15 @@ def produce(context: Context, request: Request, compute: Callable[[], Product]) 
     with store.lock(key):
         if (found := readable(store, key)) is not None:
             return Outcome(found, cached=True, seconds=0.0)
-        start = time.perf_counter()
+        start = begin()
         product = compute()
         return commit(context, request, product, start)
+
+
+def begin() -> float:
+    """Begins the measurement of a computation; returns what `commit` wants as ``start``."""
+    reset_peak()
+    return time.perf_counter()
 
 
 def produce_all(
@@ -127,7 +134,7 @@ def produce_all(
             found = {name: readable(store, key) for name, key in keys.items()}
             missing = [name for name, reference in found.items() if reference is None]
             if missing:
-                cached, start = False, time.perf_counter()
+                cached, start = False, begin()
                 makers = compute(missing)
                 share = (time.perf_counter() - start) / len(missing)
                 for name in missing:
@@ -138,7 +145,7 @@ def produce_all(
 
 
 def commit(context: Context, request: Request, product: Product, start: float) -> Outcome[Reference]:
-    """Commits a computed result; ``start`` is the `time.perf_counter` value from before it was computed."""
+    """Commits a computed result; ``start`` is what `begin` returned before it was computed."""
     reference = Store(context.store).commit(
         request.key(context),
         request.stage.kind,
@@ -147,6 +154,7 @@ def commit(context: Context, request: Request, product: Product, start: float) -
         label=request.label,
         parameters=dict(request.parameters),
         seconds=time.perf_counter() - start,
+        peak_memory_gib=peak_gib(),
     )
     return Outcome(reference, cached=False, seconds=time.perf_counter() - start)
 

@@ -23,7 +23,7 @@ __all__ = ["WeightFiles", "build_skeleton", "load_into", "load_trunk", "unload"]
 
 # Building with empty weights replaces nn.Module.register_parameter for a moment: another thread that gave a module its
 # parameters meanwhile would have them put on the meta device.
-_REGISTERING = threading.Lock()
+REGISTERING = threading.Lock()
 
 
 def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, *, attention: str | None = None) -> PreTrainedModel:
@@ -45,7 +45,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, *, attention: str
     if attention not in (None, "sdpa", "eager"):
         raise ModelError(f"attention={attention!r} is not supported. Use 'sdpa' or 'eager'.")
     trust = checkpoint.trust_remote_code
-    with _REGISTERING, quiet_transformers():
+    with REGISTERING, quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust)
             config.get_text_config(decoder=True).use_cache = False
@@ -94,7 +94,7 @@ def load_into(
         wanted = dtype if value.is_floating_point() else value.dtype
         tensors[name] = value.detach().to(device="cpu", dtype=wanted, copy=True)
     stripped = {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items()}
-    with _REGISTERING:
+    with REGISTERING:
         module.load_state_dict(stripped, strict=True, assign=True)
 
 
@@ -122,7 +122,7 @@ def load_trunk(model: PreTrainedModel, architecture: Architecture, weights: Weig
     trunk = {name for name in model.state_dict() if not name.startswith(inside)}
     stored = [name for name in trunk if weights.has(name)]
     tensors = weights.read(stored, dtype)
-    with _REGISTERING:
+    with REGISTERING:
         model.load_state_dict(tensors, strict=False, assign=True)
         # Given what is missing, transformers ties as it does when loading a model, in whichever direction works.
         model.tie_weights(missing_keys=trunk - set(stored))

@@ -71,6 +71,7 @@ class Store:
         label: str = "",
         parameters: Mapping[str, Any] | None = None,
         seconds: float | None = None,
+        peak_memory_gib: float | None = None,
     ) -> Reference:
         """Stores an object. If there is one already, it must have the same content; if evicted, it is restored.
 
@@ -82,6 +83,7 @@ class Store:
             label: for people.
             parameters: what was given to `stage_key`, to be kept with the object.
             seconds: how long the computation took, to be kept in the record.
+            peak_memory_gib: peak resident memory of the process meanwhile, to be kept in the record.
 
         Raises:
             NondeterminismError: if the same key was committed with another content.
@@ -97,7 +99,7 @@ class Store:
             return existing
         staging = self._paths.new_temporary(key)
         try:
-            reference = write_object(staging, draft, checked, plain_parameters, seconds)
+            reference = write_object(staging, draft, checked, plain_parameters, seconds, peak_memory_gib)
             self._publish(staging, reference)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -202,7 +204,9 @@ class Store:
         return self._paths.object(key)
 
     def record(self, key: str) -> dict[str, Any]:
-        """Volatile facts of an object: label at its commit, created, seconds, host, surgeon (version).
+        """Volatile facts of an object: label at its commit, created, seconds, peak_memory_gib, host, surgeon.
+
+        Records of older releases have fewer.
 
         Raises:
             StoreError: if there is no such object.

@@ -25,6 +25,7 @@ def write_object(
     arrays: Mapping[str, StorableArray],
     parameters: Mapping[str, Any] | None,
     seconds: float | None,
+    peak_memory_gib: float | None = None,
 ) -> Reference:
     """Writes arrays, reference and record, and waits until all of it is on disk.
 
@@ -36,6 +37,7 @@ def write_object(
         arrays: checked arrays, sorted by name.
         parameters: what the object was computed with, JSON.
         seconds: how long the computation took.
+        peak_memory_gib: peak resident memory of the process meanwhile.
 
     Returns:
         The complete reference.
@@ -54,7 +56,7 @@ def write_object(
             label=reference.label,
         )
     _write_reference(directory, complete, parameters)
-    _write_record(directory, complete.label, seconds)
+    _write_record(directory, complete.label, seconds, peak_memory_gib)
     sync_tree(directory)
     return complete
 
@@ -91,11 +93,12 @@ def _write_reference(directory: Path, reference: Reference, parameters: Mapping[
     )
 
 
-def _write_record(directory: Path, label: str, seconds: float | None) -> None:
+def _write_record(directory: Path, label: str, seconds: float | None, peak_memory_gib: float | None) -> None:
     record = {
         "label": label,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": seconds,
+        "peak_memory_gib": peak_memory_gib,
         "host": platform.node(),
         "surgeon": surgeon.__version__,
     }

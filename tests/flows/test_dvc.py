@@ -158,3 +158,32 @@ def test_plot(repository: Repository) -> None:
     shots = repository.results()["shots"]
     points = [(value["sparsity"], value["perplexity"]) for value in plot["data"]["values"]]
     assert points == [(shot["sparsity"], shot["perplexity"]) for shot in shots]
+
+
+def test_comparison_is_a_pipeline_of_its_own(params: dict[str, Any], tmp_path: Path) -> None:
+    repository = Repository(tmp_path / "repository", params)
+    (repository.root / "comparison").mkdir()
+    shutil.copy(ROOT / "comparison" / "dvc.yaml", repository.root / "comparison")
+    rows = [{"name": "in shots", "set": ["prune.shots=2"], "from_shots": True}]
+    spec = {"tables": [{"title": "Rows", "sparsities": [0.1, 0.2], "rows": rows}]}
+    (repository.root / "compare.yaml").write_text(yaml.safe_dump(spec))
+    repository.change("prune", "sparsity", 0.1)
+    repository.change("prune", "shots", 1)
+    assert repository.repro() == set(STAGES)
+    assert not (repository.data / "compare").exists()
+    command = ("dvc", "repro", "comparison/dvc.yaml")
+    assert "Running stage 'comparison/dvc.yaml:compare'" in repository.command(*command)
+    assert "Running stage" not in repository.command(*command)
+    shown = json.loads(repository.command("dvc", "metrics", "show", "--json"))[""]["data"]
+    assert shown["data/compare/comparison.json"]["data"] == repository.read("compare/comparison.json")
+    repository.commit()
+    assert not [name for name in repository.command("git", "ls-files").split() if name.startswith("data/")]
+    repository.change("prune", "damping", {"activations": 0.05, "gradients": 0.05})
+    assert "Running stage 'comparison/dvc.yaml:compare'" in repository.command(*command)
+
+
+def test_the_comparison_of_the_project_can_be_made() -> None:
+    from flows.compare_spec import load_spec, plan_runs
+
+    file = ROOT / "compare.yaml"
+    assert len(plan_runs(load_spec(file), file, ROOT / "params.yaml", [])) == 19

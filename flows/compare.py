@@ -1,0 +1,145 @@
+"""The compare flow: several ways to prune on equal terms, through one engine and one store.
+
+Every run is looked up or made like that of the prune stage, so a comparison that was killed goes on where it was.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from flows.card import describe_settings
+from flows.compare_files import write_comparison
+from flows.compare_spec import Run, shots_of
+from flows.comparison import Cell, Comparison, Row, Table, Usage
+from flows.prune import prune, require_space
+from flows.results import provenance
+from flows.session import Session
+from flows.shot import Shot
+from flows.stages import dense_evaluation, write_timing
+from surgeon.errors import InputError, SurgeonError
+from surgeon.store import Reference, Store
+
+STAGE = "compare"
+_COSTS_MASK = ("costs", "mask")
+_UPDATE = ("update", "correction")
+_NOT_COUNTED = ("evaluation", "shot", "sequences", "windows")
+
+
+def compare_all(session: Session, runs: Sequence[Run]) -> Comparison:
+    """Fills every cell, and writes tables and plots to `data/compare`.
+
+    Args:
+        session: of the first run; the others share what it opens.
+        runs: as planned, in the order of tables and rows.
+
+    Raises:
+        InputError: something cannot work for all; nothing was pruned yet where it can be known before.
+    """
+    session.check()
+    sessions = [session.sibling(run.params) for run in runs]
+    for one in sessions:
+        one.check_structure()
+    comparison = session.engine.stage(STAGE, lambda: _compare(session, runs, sessions))
+    write_timing(session, STAGE)
+    write_comparison(session.workspace.comparison, comparison)
+    return comparison
+
+
+def _compare(session: Session, runs: Sequence[Run], sessions: Sequence[Session]) -> Comparison:
+    for one in {each.params.seed: each for each in sessions}.values():
+        _ = one.windows  # keeps the windows apart from the calibration sequences of every seed
+    dense = dense_evaluation(session).attributes
+    tables: dict[str, Table] = {}
+    rows: dict[tuple[str, str], Row] = {}
+    used: dict[tuple[str, str], dict[str, Reference]] = {}
+    for number, (run, one) in enumerate(zip(runs, sessions, strict=True), start=1):
+        session.say(f"{number}/{len(runs)} {run.label} ({run.table})")
+        place = run.table, run.row
+        if place not in rows:
+            rows[place] = Row(run.row, describe_settings(run.params.prune.resolved()))
+            tables.setdefault(run.table, Table(run.table)).rows.append(rows[place])
+        cells, references = _run(one, run)
+        rows[place].cells.extend(cells)
+        used.setdefault(place, {}).update(references)
+        rows[place].usage = _usage(Store(session.context.store), used[place].values())
+    return Comparison(
+        {name: dense[name] for name in ("perplexity", "loss")}, _protocol(session, runs), [*tables.values()]
+    )
+
+
+def _run(session: Session, run: Run) -> tuple[list[Cell], dict[str, Reference]]:
+    """Makes or finds one run; returns its cells and all results that it used, by key."""
+    numbers = shots_of(run)
+    try:
+        require_space(session)
+        shots = prune(session)
+    except InputError:
+        raise
+    except SurgeonError as error:
+        message = " ".join(str(error).split())
+        session.say(f"failed: {message}")
+        cells = zip(run.sparsities, numbers, strict=True)
+        return [Cell(sparsity, number, error=message) for sparsity, number in cells], {}
+    store = Store(session.context.store)
+    cells = [_cell(store, sparsity, shots[:number]) for sparsity, number in zip(run.sparsities, numbers, strict=True)]
+    return cells, _references(shots)
+
+
+def _cell(store: Store, sparsity: float, shots: Sequence[Shot]) -> Cell:
+    found = shots[-1].evaluation.attributes
+    return Cell(
+        sparsity=sparsity,
+        shots=len(shots),
+        reached=shots[-1].record["sparsity"],
+        perplexity=found["perplexity"],
+        loss=found["loss"],
+        usage=_usage(store, _references(shots).values()),
+    )
+
+
+def _references(shots: Sequence[Shot]) -> dict[str, Reference]:
+    return {ref.key: ref for shot in shots for ref in (*shot.references.values(), *shot.passed_on)}
+
+
+def _usage(store: Store, references: Iterable[Reference]) -> Usage:
+    """Seconds and memory from the records of the store, be they of this run or of an earlier one."""
+    statistics = costs_mask = update = 0.0
+    peaks = []
+    for reference in references:
+        if reference.kind in _NOT_COUNTED:
+            continue
+        record = store.record(reference.key)
+        seconds = float(record.get("seconds") or 0.0)
+        if (peak := record.get("peak_memory_gib")) is not None:
+            peaks.append(float(peak))
+        if reference.kind in _COSTS_MASK:
+            costs_mask += seconds
+        elif reference.kind in _UPDATE:
+            update += seconds
+        else:
+            statistics += seconds
+    return Usage(statistics, costs_mask, update, max(peaks, default=None))
+
+
+def _protocol(session: Session, runs: Sequence[Run]) -> dict[str, str]:
+    """What all rows share."""
+    origin = provenance(session)
+    calibration, evaluation = session.calibration().attributes, session.windows.attributes
+    model = origin["model"]
+
+    def text(facts: dict[str, object], count: str, things: str) -> str:
+        n, length = int(str(facts[count])), int(str(facts["length"]))
+        split = f", {facts['split']}" if facts["split"] else ""
+        source = Path(str(facts["source"]))
+        # Of a local file the name is enough: where it lies is nobody else's concern, and the digest names the content.
+        name = source.name if source.exists() else facts["source"]
+        return f"{name}{split} ({facts['revision']}): {n} {things} of {length} tokens, {n * length:,} in all"
+
+    return {
+        "model": f"{model['source']}, revision {model['revision']}, {session.params.model.dtype}",
+        "model digest": model["digest"],
+        "calibration": text(calibration, "n_sequences", "sequences"),
+        "evaluation": text(evaluation, "n_windows", "windows"),
+        "seed": ", ".join(map(str, sorted({run.params.seed for run in runs}))),
+        "executed on": f"{origin['device']}, {origin['batch_size']} sequences at a time",
+        "versions": ", ".join(f"{name} {number}" for name, number in origin["versions"].items()),
+    }

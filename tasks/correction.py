@@ -1,0 +1,93 @@
+"""First-order correction of a state: low-rank adapters, trained on all blocks at once and absorbed."""
+
+import time
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from surgeon.correction.adapters import AdapterResult, AdapterSettings, train_adapters
+from surgeon.store import Reference, Store
+from tasks.context import Context, ModelState
+from tasks.progress import report
+from tasks.stage import Outcome, Product, Request, Stage, begin, commit, read_arrays, readable
+from tasks.weights import open_model, read_linears
+
+CORRECTION = Stage(
+    "correction",
+    1,
+    (
+        "surgeon.correction.adapters",
+        "surgeon.correction.masked",
+        "surgeon.passes.blockwise",
+        "surgeon.passes.evaluation",
+        "surgeon.passes.loss",
+    ),
+)
+
+
+def correction_requests(
+    context: Context, state: ModelState, calibration: Reference, settings: AdapterSettings, label: str
+) -> list[Request]:
+    """The request for the corrected weights of each block; all depend on the weights of all blocks."""
+    inputs = {"weights": state.digest, "calibration": calibration.digest}
+    parameters = {**asdict(settings), "seed": list(settings.seeds)}
+    return [
+        Request(CORRECTION, {"block": b, **parameters}, inputs, f"{label}/block-{b:02d}/correction")
+        for b in range(context.model.n_blocks)
+    ]
+
+
+def correction_task(
+    context: Context, state: ModelState, calibration: Reference, settings: AdapterSettings, label: str
+) -> Outcome[list[Reference]]:
+    """Corrected weights of every block, laid out as the updates of the state, so that they can take their place.
+
+    Whether the correction was accepted, its losses and its steps are in the attributes of each, under "correction".
+
+    Raises:
+        ValueError: if nothing of the state was pruned yet.
+    """
+    if not state.updates:
+        raise ValueError("a state without updates has nothing to correct")
+    store = Store(context.store)
+    requests = correction_requests(context, state, calibration, settings, label)
+    with store.lock(requests[0].key(context)):
+        found = [readable(store, request.key(context)) for request in requests]
+        if all(reference is not None for reference in found):
+            return Outcome([ref for ref in found if ref is not None], cached=True, seconds=0.0)
+        start = begin()
+        tokens = read_arrays(context, calibration.key)["tokens"]
+        live = {name: mask for b in range(len(requests)) for name, mask in _live_weights(context, state, b).items()}
+        progress = partial(report, f"{label}: correction")
+        result = train_adapters(open_model(context, state), tokens, live, settings, progress)
+        share = (time.perf_counter() - start) / len(requests)
+        references = []
+        for block, request in enumerate(requests):
+            begun = time.perf_counter() - share
+            references.append(commit(context, request, _corrected(context, state, block, result), begun).value)
+        return Outcome(references, cached=False, seconds=time.perf_counter() - start)
+
+
+def _live_weights(context: Context, state: ModelState, block: int) -> dict[str, Tensor]:
+    """Which weights of the linears of a block live, `[n_out, n_in]` bool by full name."""
+    prefix = f"{context.model.blocks_path}.{block}"
+    return {f"{prefix}.{name}": linear.alive() for name, linear in read_linears(context, state, block).items()}
+
+
+def _corrected(context: Context, state: ModelState, block: int, result: AdapterResult) -> Product:
+    """The update of a block with other weights; everything else in it stays."""
+    key = state.updates[block].key
+    arrays: dict[str, Any] = read_arrays(context, key)
+    for shape in context.model.blocks[block]:
+        full_name = f"{context.model.blocks_path}.{block}.{shape.name}.weight"
+        arrays[f"{shape.name}/weight"] = result.weights[full_name].numpy()
+    facts = {
+        "accepted": result.accepted,
+        "loss_before": result.loss_before,
+        "loss_after": result.loss_after,
+        "steps": result.steps,
+        "n_sequences": len(result.sequences),
+    }
+    return Product(arrays, {**Store(context.store).open(key).attributes, "correction": facts})
