@@ -2,8 +2,6 @@
 
 import io
 import math
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +25,7 @@ PASSES = ("curvature", "loss-gradient", "moments", "kronecker-terms", "boundary"
 """Kinds of tasks that run the model on the calibration sequences."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick() -> Iterator[None]:
-    """One thread, so that sums have one order; and no waiting for the disk, which no test here depends on."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _file: None)
-        for name in ("SURGEON_STORE", "SURGEON_MODELS"):
-            patch.delenv(name, raising=False)
-        yield
-    torch.set_num_threads(n_threads)
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Parameters of runs on two blocks."""
-    return small_inputs(tmp_path_factory.mktemp("small"))
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +71,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"structure": "1:8", "cost": "obd"},
     {"structure": "4:8", "method": "sparsegpt"},
     {"structure": "columns", "correction": "newton"},
+    {"structure": "2:4", "correction": "adapters"},
 ]
 ALWAYS = (
     *("magnitude rows identity", "magnitude weights identity", "l-obd columns activations", "k-obd 2:4 kfac"),
