@@ -10,11 +10,11 @@ import torch
 from flows.engine import Engine
 from flows.params import Params
 from flows.workspace import Workspace
-from surgeon.choices import Device
+from surgeon.choices import Allocation, Correction, Curvature, Device, Targets
 from surgeon.errors import ParameterError
 from surgeon.memory import MemoryEstimate, blocks_that_fit
 from surgeon.models import Checkpoint, build_skeleton, discover, resolve_model
-from surgeon.pruning.granularity import NMPattern
+from surgeon.pruning.granularity import NMPattern, is_structured
 from surgeon.store import Reference, Store
 from tasks.calibration import SequenceSpec, WindowSpec, require_length, require_separate, sequences_task, windows_task
 from tasks.context import Context, LinearShape, ModelSpec, ModelState
@@ -156,15 +156,31 @@ class Session:
             ParameterError: naming block and linear.
         """
         pattern = self.params.prune.structure
-        if not isinstance(pattern, NMPattern):
-            return
         for index, block in enumerate(self.model.blocks):
             for linear in block:
-                if linear.n_in % pattern.m:
+                if isinstance(pattern, NMPattern) and linear.n_in % pattern.m:
                     raise ParameterError(
                         f"prune.structure: {pattern} needs inputs that divide into groups of {pattern.m}, but block "
                         f"{index}, linear {linear.name} has {linear.n_in} inputs; choose another M, or weights"
                     )
+        self._require_implemented()
+
+    def _require_implemented(self) -> None:
+        # TODO: goes when shots take the recipe; until then they would silently do something else.
+        recipe = self.params.prune.recipe(self.params.seed)
+        spec = recipe.curvature
+        known = (
+            is_structured(recipe.granularity)
+            and (spec.kind, spec.targets) == (Curvature.KFAC, Targets.EMPIRICAL)
+            and recipe.allocation is Allocation.GLOBAL
+            and recipe.correction is Correction.NONE
+        )
+        if not known:
+            raise ParameterError(
+                "prune: only rows and columns, curvature: kfac, targets: empirical, allocation: global and correction: "
+                f"none are implemented so far; got structure: {recipe.granularity}, curvature: {spec.kind}, targets: "
+                f"{spec.targets}, allocation: {recipe.allocation}, correction: {recipe.correction}"
+            )
 
     def calibration(self, shot: int = 1) -> Reference:
         """Calibration sequences of a shot."""
