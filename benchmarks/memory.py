@@ -19,7 +19,7 @@ from pathlib import Path
 from flows.engine import InlineEngine
 from flows.params import load_params
 from flows.session import Session
-from flows.shot import ShotRun
+from flows.statistics import BlockStatistics
 from flows.workspace import Workspace
 
 project, model, blocks = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -28,8 +28,10 @@ params = load_params(None, [
     "calibrate.sequences=8", "calibrate.length=64", "evaluate.windows=4", "evaluate.length=64", "run.batch_size=4",
 ])
 session = Session(params, Workspace(project), InlineEngine())
-factors = ShotRun(session, session.dense, session.calibration(), 1, 0.2).curvature()
-digest = hashlib.sha256("".join(reference.digest for reference in factors).encode()).hexdigest()
+statistics = BlockStatistics(session, session.dense, session.calibration(), "shot-01", session.recipe.curvature)
+statistics.ensure(set(range(session.model.n_blocks)))
+digests = [ref.digest for b in range(session.model.n_blocks) for ref in statistics.references(b).values()]
+digest = hashlib.sha256("".join(digests).encode()).hexdigest()
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 print(json.dumps({"peak_gib": peak, "digest": digest}))
 """

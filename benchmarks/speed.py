@@ -38,12 +38,17 @@ from surgeon.passes.loss import next_token_loss
 from tasks.stage import read_arrays
 
 _LIBRARY = {
-    "curvature": ("tasks.curvature.curvature_group", "tasks.curvature.forward_group"),
+    "curvature": ("tasks.measuring.curvature_group", "tasks.measuring.forward_group"),
     "solves": (
-        "tasks.pruning.live_curvature",
-        "tasks.pruning.structure_costs",
-        "tasks.pruning.update_linear",
-        "tasks.pruning.allocate",
+        "tasks.costs.live_linear",
+        "tasks.costs.structure_costs",
+        "tasks.costs.weight_costs",
+        "tasks.mask.allocate",
+        "tasks.mask.select_weights",
+        "tasks.update.live_linear",
+        "tasks.update.update_structures",
+        "tasks.update.update_weights",
+        "tasks.update.update_sequentially",
     ),
     "evaluation": ("tasks.evaluation.evaluate_perplexity", "tasks.evaluation.continue_prompt"),
     "export": ("tasks.export.export_checkpoint", "tasks.export.require_loads_back"),

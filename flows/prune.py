@@ -58,15 +58,16 @@ def prune(session: Session) -> list[Shot]:
 def _evict(session: Session, shots: list[Shot]) -> None:
     """Drops statistics, costs of weights and boundaries of finished shots by policy.
 
-    References stay, so keys above them still hit.
+    References stay, so keys above them still hit. Costs of rows and columns are small and stay too.
     """
     policy = session.params.run.keep
     if policy is Keep.ALL:
         return
     store = Store(session.context.store)
+    kinds = set(Statistic) if is_structured(session.recipe.granularity) else {*Statistic, COSTS.kind}
     dropped = shots[:-1] if policy is Keep.LAST else shots
     for shot in dropped[1:] if session.keeps_first_shot else dropped:
-        large = [ref for ref in shot.references.values() if ref.kind in (*Statistic, COSTS.kind)]
+        large = [ref for ref in shot.references.values() if ref.kind in kinds]
         for reference in (*large, *shot.passed_on):
             if store.has_payload(reference.key):
                 store.evict(reference.key)

@@ -31,6 +31,8 @@ def render_results(results: dict[str, Any], console: Console) -> None:
     table.add_row("non-zero decoder weights", f"{dense['linear_nonzero']:,}", f"{pruned['linear_nonzero']:,}")
     console.print(table)
     console.print(_shot_table(results["shots"]))
+    for line in _convergence_lines(results["shots"]):
+        console.print(line, highlight=False)
     console.print(_seconds_line(results), highlight=False)
     for name in ("dense", "pruned"):
         sample = results["samples"][name]
@@ -50,6 +52,16 @@ def _shot_table(shots: list[dict[str, Any]]) -> Table:
             str(shot["shot"]), f"{shot['target']:.2%}", f"{shot['sparsity']:.3%}", f"{shot['perplexity']:.2f}", *seconds
         )
     return table
+
+
+def _convergence_lines(shots: list[dict[str, Any]]) -> list[str]:
+    """One line a shot in which conjugate gradients stopped before they reached the tolerance."""
+    return [
+        f"shot {shot['shot']}: conjugate gradients did not reach prune.tolerance in {found['not_converged']} of "
+        f"{found['linears']} linears (worst residual {found['worst_residual']:.1e}); raise prune.max_iterations"
+        for shot in shots
+        if (found := shot["convergence"]) and found["not_converged"]
+    ]
 
 
 def _seconds_line(results: dict[str, Any]) -> str:

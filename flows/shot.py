@@ -173,7 +173,7 @@ class ShotRun:
         mask = None
         removals = [Removal(self.target) for _ in works]
         if self._has_mask:
-            costs = self._costs(works, {w.block for w in works if not self._readable(cost_request(w))})
+            costs = self._costs_for_mask(works)
             mask = self._task(mask_task, self.context, costs, self.rule, self.label, name=f"{self.label}/mask")
             names |= {work.name("costs"): ref for work, ref in zip(works, costs, strict=True)}
             names[f"{self.label}/mask"] = mask
@@ -199,6 +199,14 @@ class ShotRun:
     def _work(self, block: int, statistics: Any) -> BlockWork:
         assert statistics is not None, f"{self.label}: statistics of block {block} are missing"
         return BlockWork(self.state, block, statistics, self.recipe, self.label)
+
+    def _costs_for_mask(self, works: list[BlockWork]) -> list[Reference]:
+        """Costs of all blocks; those that were dropped are computed again only if there is no mask made from them."""
+        found = [ref for work in works if (ref := self._lookup(cost_request(work)))]
+        if len(found) == len(works) and self._readable(mask_request(found, self.rule, self.label)):
+            self.session.engine.reuse([work.name("costs") for work in works])
+            return found
+        return self._costs(works, {work.block for work in works if not self._readable(cost_request(work))})
 
     def _costs(self, works: Sequence[BlockWork], missing: set[int]) -> list[Reference]:
         self.statistics.ensure(missing)

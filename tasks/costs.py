@@ -110,20 +110,18 @@ def cost_task(context: Context, work: BlockWork) -> Outcome[Reference]:
                     arrays.setdefault(f"live_{part}", []).append(getattr(costs, f"live_{part}"))
             else:
                 arrays[f"{name}/costs"] = [weight_costs(live, work.recipe.cost, where)]
-            facts[name] = _facts(live)
+            facts[name] = _facts(live, work.recipe.cost)
         return Product({n: torch.cat(part).cpu().numpy() for n, part in arrays.items()}, {"linears": facts})
 
     report(f"{work.label}: costs", work.block, context.model.n_blocks)
     return produce(context, cost_request(work), compute)
 
 
-def _facts(live: LiveLinear) -> dict[str, object]:
-    return {
-        "dead_rows": live.n_dead_rows,
-        "dead_columns": live.n_dead_columns,
-        "damping": list(live.curvature.damping),
-        "escalations": live.curvature.escalations,
-    }
+def _facts(live: LiveLinear, cost: Cost) -> dict[str, object]:
+    facts: dict[str, object] = {"dead_rows": live.n_dead_rows, "dead_columns": live.n_dead_columns}
+    if cost is Cost.OBS:  # elsewhere costs are the same with any damping, so it is neither in their key nor here
+        facts |= {"damping": list(live.curvature.damping), "escalations": live.curvature.escalations}
+    return facts
 
 
 def _without(inputs: dict[str, str], statistic: Statistic) -> dict[str, str]:

@@ -79,7 +79,7 @@ def stage_key(
     """The key of one piece of work. Labels, such as the number of the shot, do not belong in it.
 
     Args:
-        kind: name of the stage, such as "factors".
+        kind: name of the stage, such as "costs".
         version: version of the numerics of the stage.
         parameters: those parameters which this stage reads, no others.
         inputs: content digests of the inputs, by role; the order within a sequence counts.

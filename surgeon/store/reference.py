@@ -17,7 +17,7 @@ class Reference:
         digest: names the content, 64 hexadecimal digits; what keys of later stages are made of.
         arrays: summary of each array by name, such as "float32[576,576] symmetric".
         attributes: small results that belong to the content, JSON.
-        label: for people, such as "shot-03/block-07/factors"; neither in the key nor in the digest.
+        label: for people, such as "shot-03/block-07/costs"; neither in the key nor in the digest.
     """
 
     key: str

@@ -30,7 +30,7 @@ def build_view(store: Store, entries: Mapping[str, str], destination: Path) -> N
 
     Args:
         store: where the objects are.
-        entries: key of the object by its readable name, such as "shot-03/block-07/factors"; the arrays of the object
+        entries: key of the object by its readable name, such as "shot-03/block-07/costs"; the arrays of the object
             appear below it. Evicted objects appear as groups without arrays.
         destination: such as `data/run.zarr`.
 

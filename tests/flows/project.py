@@ -131,6 +131,11 @@ class Project:
         return {str(path.relative_to(self.objects)): path.read_bytes() for path in files}
 
 
+FIRST_LEVEL = ("input-factors", "output-factors", "diagonal", "gradient")
+"""Kinds of objects that the pass through a group of blocks makes, beside what is named as its task."""
+SECOND_LEVEL = ("moments", "kronecker-terms")
+
+
 def tasks_of(labels: set[str], first_blocks: tuple[int, ...] = (0,)) -> set[str]:
     """Names of the tasks that make the objects with these labels, if groups of blocks begin at `first_blocks`."""
     tasks = set()
@@ -138,10 +143,10 @@ def tasks_of(labels: set[str], first_blocks: tuple[int, ...] = (0,)) -> set[str]
         place, _, kind = label.rpartition("/")
         if kind == "shot":
             continue
-        if kind in ("factors", "gradient"):
+        if kind in (*FIRST_LEVEL, *SECOND_LEVEL):
             shot, block = place.split("/block-")
             first = max(b for b in first_blocks if b <= int(block))
-            label = f"{shot}/block-{first:02d}/curvature"
+            label = f"{shot}/block-{first:02d}/{'curvature' if kind in FIRST_LEVEL else kind}"
         tasks.add(label)
     return tasks
 

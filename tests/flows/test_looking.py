@@ -11,6 +11,8 @@ from surgeon.store import Store
 from tests.flows.project import Project
 from tests.flows.test_kill import kill_when, n_objects
 
+FACTORS = {"input-factors", "output-factors"}
+
 
 def status(project: Project, *more: str) -> list[dict[str, str]]:
     lines: list[dict[str, str]] = json.loads(project.surgeon("status", "--json", *more).ok().stdout)
@@ -23,13 +25,13 @@ def test_status_before_half_way_and_after(params: dict[str, Any], tmp_path: Path
     assert [line["found"] for line in nothing[:3]] == ["no", "no", "no"]
     assert [line["would_run"] for line in nothing[3:]] == ["the whole shot"] * 3
     assert project.labels() == {}
-    # Sequences, windows, dense evaluation, shot 1 (12 objects), then three factors and one block's costs of shot 2.
-    kill_when(project.start("run", "--quiet"), lambda: n_objects(project) >= 19)
+    # Sequences, windows, dense evaluation, shot 1 (15 objects), then six factors and one block's costs of shot 2.
+    kill_when(project.start("run", "--quiet"), lambda: n_objects(project) >= 25)
     n_then = n_objects(project)
     half = {line["stage"]: line for line in status(project)}
     assert half["shot-01 (to 10.0%)"] == {"stage": "shot-01 (to 10.0%)", "found": "finished", "would_run": ""}
     second = half["shot-02 (to 20.0%)"]
-    assert second["found"].startswith("factors 3/3, costs ")
+    assert second["found"].startswith("statistics 3/3, costs ")
     assert "update" in second["would_run"]
     assert half["shot-03 (to 30.0%)"]["found"] == "not known before the shot above"
     assert n_objects(project) == n_then
@@ -51,28 +53,31 @@ def test_inspect_lists_the_objects_of_the_run(again: Project) -> None:
     rows = json.loads(again.surgeon("inspect", "--json").ok().stdout)
     manifest = again.read("manifest.json")
     assert {row["name"]: row["key"] for row in rows} == {name: ref["key"] for name, ref in manifest.items()}
-    row = next(row for row in rows if row["name"] == "shot-01/block-00/factors")
+    row = next(row for row in rows if row["name"] == "shot-01/block-00/input-factors")
     assert row["payload"]
     assert row["bytes"] > 10_000
     everything = json.loads(again.surgeon("inspect", "--store", "--json").ok().stdout)
     assert {row["key"] for row in everything} == set(again.labels())
     again.surgeon("run", "--quiet", "-S", "run.keep=none").ok()
     rows = json.loads(again.surgeon("inspect", "--json").ok().stdout)
-    assert {row["name"].rpartition("/")[2] for row in rows if not row["payload"]} == {"factors"}
+    assert {row["name"].rpartition("/")[2] for row in rows if not row["payload"]} == FACTORS
 
 
 def test_inspect_block_gives_condition_numbers(again: Project) -> None:
     rows = json.loads(again.surgeon("inspect", "--block", "0", "--shot", "2", "--json").ok().stdout)
     manifest = again.read("manifest.json")
-    factors = Store(again.data / "store").open(manifest["shot-02/block-00/factors"]["key"])
-    update = Store(again.data / "store").open(manifest["shot-02/block-00/update"]["key"])
+    store = Store(again.data / "store")
+    inputs, outputs, update = (
+        store.open(manifest[f"shot-02/block-00/{kind}"]["key"])
+        for kind in ("input-factors", "output-factors", "update")
+    )
     assert len(rows) == 7
     for row in rows:
         name, reads = row["linear"], row["reads"]
         weight = update.array(f"{name}/weight")
         assert row["shape"] == list(weight.shape)
         assert row["live"] == [int(weight.any(axis=1).sum()), int(weight.any(axis=0).sum())]
-        for which, owner in (("A", reads), ("G", name)):
+        for which, owner, factors in (("A", reads, inputs), ("G", name, outputs)):
             spectrum = np.linalg.eigvalsh(factors.array(f"{owner}/{which}").astype(np.float64))
             floor = spectrum[-1] * np.finfo(np.float32).eps
             expected = spectrum[-1] / max(spectrum[0], floor)

@@ -25,7 +25,8 @@ def of_shots(shots: tuple[str, ...], *kinds: str) -> set[str]:
 MAYBE = of_shots(SHOTS[:1], "*/update")
 """Another mask may leave the part of a block as it was, whose update is then reused."""
 FROM_COSTS = ("*/costs", "mask", "*/update", "shot", "evaluation")
-WHOLE = ("*/factors", *FROM_COSTS)
+FACTORS = ("*/input-factors", "*/output-factors")
+WHOLE = (*FACTORS, *FROM_COSTS)
 SAMPLE = {"pruned/sample"}
 CASES = {
     "report.prompt=Hello": ({"dense/sample", "pruned/sample"}, False),
@@ -76,7 +77,7 @@ def test_keep_drops_factors_of_shots(again: Project, keep: str, kept: set[str]) 
     again.surgeon("run", "--quiet", "-S", f"run.keep={keep}").ok()
     store = Store(again.data / "store")
     for key, label in again.labels().items():
-        is_large = label.endswith("/factors")
+        is_large = label.endswith("-factors")
         assert store.has_payload(key) == (not is_large or label.split("/")[0] in kept), label
     again.surgeon("run", "--quiet", "-S", f"run.keep={keep}").ok()
     assert again.results()["tasks"]["executed"] == 0
@@ -107,9 +108,9 @@ def test_dropped_factors_come_back_with_the_same_bits(again: Project) -> None:
     again.surgeon("run", "--quiet", "-S", "prune.damping=0.05").ok()
     after = again.contents()
     factors = [
-        key for key, label in again.labels().items() if label.startswith("shot-01") and label.endswith("/factors")
+        key for key, label in again.labels().items() if label.startswith("shot-01") and label.endswith("-factors")
     ]
-    assert len(factors) == 3
+    assert len(factors) == 6
     for path, content in before.items():
         if path.split("/")[1] in factors:
             assert after[path] == content

@@ -48,14 +48,16 @@ def test_keys_of_the_results(finished: Project) -> None:
     assert set(results["dense"]) == SIZES
     assert set(results["pruned"]) == {*SIZES, "sparsity"}
     assert set(results["tasks"]) == {"executed", "cached"}
-    kinds = {"factors", "costs", "mask", "update", "evaluation"}
+    kinds = {"input-factors", "output-factors", "costs", "mask", "update", "evaluation"}
     assert set(results["seconds"]) == {*kinds, "sequences", "windows", "total"}
     assert [shot["shot"] for shot in results["shots"]] == [1, 2, 3]
     for shot in results["shots"]:
         assert set(shot) == {
-            *("shot", "target", "sparsity", "perplexity", "loss", "threshold", "n_removed", "predicted_cost", "seconds")
+            *("shot", "target", "sparsity", "perplexity", "loss", "threshold", "n_removed", "predicted_cost"),
+            *("convergence", "seconds"),
         }
         assert set(shot["seconds"]) == kinds
+        assert shot["convergence"] is None, "rows and columns are solved for directly"
     assert set(results["provenance"]) == {
         *("model", "parameters", "seed", "device", "batch_size", "versions", "calibration", "evaluation")
     }
@@ -163,8 +165,8 @@ def test_grouping_of_blocks_does_not_change_a_bit(params: dict[str, Any], finish
     project = Project(tmp_path / "one", params)
     project.surgeon("run", "--quiet", "-S", "run.blocks_per_group=1").ok()
     assert project.results()["weights_digest"] == finished.results()["weights_digest"]
-    factors = {key for key, label in finished.labels().items() if label.endswith("/factors")}
-    assert len(factors) == 9
+    factors = {key for key, label in finished.labels().items() if label.endswith("-factors")}
+    assert len(factors) == 2 * 9
     theirs = project.contents()
     for path, content in finished.contents().items():
         if path.split("/")[1] in factors:
