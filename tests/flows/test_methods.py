@@ -11,6 +11,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from flows.render import render_results
+from flows.shot import Shot
 from flows.stages import run_all
 from surgeon.choices import Allocation, Curvature, Method, Structure
 from surgeon.errors import ParameterError
@@ -115,13 +116,16 @@ def test_two_shots(shared: Runs, settings: dict[str, Any]) -> None:
         for linear in linears.values():
             assert torch.isfinite(linear.weight).all()
             assert not linear.weight[~linear.alive()].any(), "zero to the bit"
-        assert_sparsity(done, shot.target, linears, shot.record["sparsity"])
+        assert_sparsity(done, shot, linears)
     assert_changed(first, second)
 
 
-def assert_sparsity(done: Pruned, target: float, linears: dict[Any, Any], reached: float) -> None:
-    """The target is met, by less than one structure too many; by none where single weights go."""
-    recipe = done.session.recipe
+def assert_sparsity(done: Pruned, shot: Shot, linears: dict[Any, Any]) -> None:
+    """The target is met, by less than one structure too many; by none where single weights go.
+
+    Where more is dead than was asked for, nothing else goes.
+    """
+    recipe, target, reached = done.session.recipe, shot.target, shot.record["sparsity"]
     masks = [linear.alive() for linear in linears.values()]
     n_weights, n_gone = sum(m.numel() for m in masks), sum(int((~m).sum()) for m in masks)
     assert reached == pytest.approx(n_gone / n_weights, abs=1e-12)
@@ -129,7 +133,7 @@ def assert_sparsity(done: Pruned, target: float, linears: dict[Any, Any], reache
     if is_structured(recipe.granularity):
         per_linear = recipe.allocation is Allocation.PER_LAYER
         most = sum(max(m.shape) for m in masks) if per_linear else max(max(m.shape) for m in masks)
-        assert n_gone - target * n_weights < most
+        assert n_gone - target * n_weights < most or shot.record["n_removed"] == 0
         return
     assert n_gone == sum(expected_weights(done, target, [m.shape for m in masks]))
     pattern = recipe.granularity
