@@ -165,6 +165,9 @@ def _curvature(
             torch.stack([select(g, rows, rows) for g in factors.terms.gradients]),
             torch.stack([select(a, columns, columns) for a in factors.terms.activations]),
         )
+        if not rows.any():
+            # Without gradients all terms are zero, and so is what they say of the bias, which is all that is left.
+            terms.activations[0] = torch.eye(shape[1])
         if len(terms.gradients) == 1:
             return KroneckerCurvature(terms.gradients[0], terms.activations[0], shape, damping, where)
         return KroneckerSumCurvature(terms, damping, where)

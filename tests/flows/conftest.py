@@ -1,12 +1,16 @@
 """One tiny model, two texts and one finished run, shared by all tests of flows."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import make_tiny
 
 from tests.flows.project import Finished, Project, write_text
+from tests.flows.sessions import small_inputs
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +34,25 @@ def params(inputs: Path) -> dict[str, Any]:
         "report": {"new_tokens": 4},
         "run": {"engine": "inline", "batch_size": 3, "blocks_per_group": 3, "keep": "all"},
     }
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Parameters of runs on two blocks of width 16."""
+    return small_inputs(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def in_process() -> Iterator[None]:
+    """One thread, so that sums have one order; no waiting for the disk, for no process of its own is killed."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _file: None)
+        for name in ("SURGEON_STORE", "SURGEON_MODELS"):
+            patch.delenv(name, raising=False)
+        yield
+    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="session")

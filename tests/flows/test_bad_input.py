@@ -57,6 +57,7 @@ CASES = {
     "prune.sparsity=1": r"prune\.sparsity: got 1; must be less than 1",
     "prune.sparsity=1.5": r"prune\.sparsity: got 1\.5; must be less than 1",
     "prune.structure=3:5": r"prune\.structure: 3:5 needs inputs .* groups of 5, but block 0, linear \S+ has 32 inputs",
+    "prune.structure=8:32": r"8:32 needs .* groups of 32, but block 0, linear mlp\.down_proj has 48 inputs; choose",
     "prune.rank=3": r"prune: rank: 3 has no effect with curvature: kfac",
     "prune.shots=0": r"prune\.shots: got 0; must be greater than or equal to 1",
     "model.source=smollm-135m": r"No model 'smollm-135m'\..*Did you mean 'smollm2-135m'\?",

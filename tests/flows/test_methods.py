@@ -2,8 +2,6 @@
 
 import io
 import math
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from flows.render import render_results
+from flows.shot import Shot
 from flows.stages import run_all
 from surgeon.choices import Allocation, Curvature, Method, Structure
 from surgeon.errors import ParameterError
@@ -27,23 +26,7 @@ PASSES = ("curvature", "loss-gradient", "moments", "kronecker-terms", "boundary"
 """Kinds of tasks that run the model on the calibration sequences."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick() -> Iterator[None]:
-    """One thread, so that sums have one order; and no waiting for the disk, which no test here depends on."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _file: None)
-        for name in ("SURGEON_STORE", "SURGEON_MODELS"):
-            patch.delenv(name, raising=False)
-        yield
-    torch.set_num_threads(n_threads)
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Parameters of runs on two blocks."""
-    return small_inputs(tmp_path_factory.mktemp("small"))
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +72,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"structure": "1:8", "cost": "obd"},
     {"structure": "4:8", "method": "sparsegpt"},
     {"structure": "columns", "correction": "newton"},
+    {"structure": "2:4", "correction": "adapters"},
 ]
 ALWAYS = (
     *("magnitude rows identity", "magnitude weights identity", "l-obd columns activations", "k-obd 2:4 kfac"),
@@ -132,13 +116,16 @@ def test_two_shots(shared: Runs, settings: dict[str, Any]) -> None:
         for linear in linears.values():
             assert torch.isfinite(linear.weight).all()
             assert not linear.weight[~linear.alive()].any(), "zero to the bit"
-        assert_sparsity(done, shot.target, linears, shot.record["sparsity"])
+        assert_sparsity(done, shot, linears)
     assert_changed(first, second)
 
 
-def assert_sparsity(done: Pruned, target: float, linears: dict[Any, Any], reached: float) -> None:
-    """The target is met, by less than one structure too many; by none where single weights go."""
-    recipe = done.session.recipe
+def assert_sparsity(done: Pruned, shot: Shot, linears: dict[Any, Any]) -> None:
+    """The target is met, by less than one structure too many; by none where single weights go.
+
+    Where more is dead than was asked for, nothing else goes.
+    """
+    recipe, target, reached = done.session.recipe, shot.target, shot.record["sparsity"]
     masks = [linear.alive() for linear in linears.values()]
     n_weights, n_gone = sum(m.numel() for m in masks), sum(int((~m).sum()) for m in masks)
     assert reached == pytest.approx(n_gone / n_weights, abs=1e-12)
@@ -146,7 +133,7 @@ def assert_sparsity(done: Pruned, target: float, linears: dict[Any, Any], reache
     if is_structured(recipe.granularity):
         per_linear = recipe.allocation is Allocation.PER_LAYER
         most = sum(max(m.shape) for m in masks) if per_linear else max(max(m.shape) for m in masks)
-        assert n_gone - target * n_weights < most
+        assert n_gone - target * n_weights < most or shot.record["n_removed"] == 0
         return
     assert n_gone == sum(expected_weights(done, target, [m.shape for m in masks]))
     pattern = recipe.granularity

@@ -1,12 +1,16 @@
 """A changed parameter makes only that work run again which depends on it."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flows.params_prune import PruneParams
 from surgeon.store import Store
 from tests.flows.project import Project, slow, tasks_of
+from tests.flows.sessions import Runs
 
 SHOTS = ("shot-01", "shot-02", "shot-03")
 BLOCKS = ("block-00", "block-01", "block-02")
@@ -115,3 +119,84 @@ def test_dropped_factors_come_back_with_the_same_bits(again: Project) -> None:
         if path.split("/")[1] in factors:
             assert after[path] == content
     assert "curvature" in again.executed()["prune"]
+
+
+CHOICE = {"mask", "update", "evaluation"}
+PRICE = {"costs"} | CHOICE
+MEASURED = {"curvature"} | PRICE
+BASES: dict[str, dict[str, Any]] = {
+    "structures": {},
+    "weights": {"structure": "weights", "sparsity": 0.4, "max_iterations": 9},
+    "chunked": {"structure": "weights", "sparsity": 0.4, "update": "chunked", "max_correlate": 40},
+    "sparsegpt": {"structure": "weights", "sparsity": 0.4, "method": "sparsegpt", "max_correlate": 8},
+    "sum": {"curvature": "kronecker-sum"},
+    "sampled": {"targets": "sampled"},
+    "newton": {"correction": "newton"},
+    "adapters": {"correction": "adapters"},
+}
+"""What a row of the table starts from."""
+TABLE: list[tuple[str, dict[str, Any], set[str]]] = [
+    ("structures", {"method": "k-obd"}, PRICE),
+    ("structures", {"method": "magnitude"}, PRICE),
+    ("weights", {"method": "wanda"}, PRICE),
+    ("structures", {"sparsity": 0.3}, CHOICE),
+    ("structures", {"shots": 2, "sparsity": 0.4}, set()),
+    ("structures", {"structure": "rows"}, CHOICE),
+    ("structures", {"structure": "weights"}, PRICE),
+    ("weights", {"structure": "2:4"}, CHOICE),
+    ("structures", {"curvature": "activations"}, PRICE),
+    ("structures", {"curvature": "ekfac"}, {"moments"} | PRICE),
+    ("structures", {"curvature": "nearest-kronecker"}, {"kronecker-terms"} | PRICE),
+    ("structures", {"curvature": "diagonal"}, MEASURED),
+    ("sum", {"rank": 3}, {"kronecker-terms"} | PRICE),
+    ("sum", {"power_iterations": 1}, {"kronecker-terms"} | PRICE),
+    ("structures", {"targets": "sampled"}, MEASURED),
+    ("sampled", {"draws": 2}, MEASURED),
+    ("structures", {"cost": "obd"}, PRICE),
+    ("structures", {"ranking": "cost"}, CHOICE),
+    ("structures", {"allocation": "per-layer"}, CHOICE),
+    ("weights", {"allocation": "per-row"}, CHOICE),
+    ("structures", {"update": "independent"}, {"update", "evaluation"}),
+    ("weights", {"max_iterations": 3}, {"update", "evaluation"}),
+    ("weights", {"tolerance": 0.5}, {"update", "evaluation"}),
+    ("chunked", {"max_correlate": 10}, {"update", "evaluation"}),
+    ("sparsegpt", {"max_correlate": 4}, {"update", "evaluation"}),
+    ("structures", {"damping": 0.05}, PRICE),
+    ("weights", {"damping": {"gradients": 0.5}}, PRICE),
+    ("structures", {"correction": "newton"}, {"curvature", "update", "evaluation"}),
+    ("newton", {"newton_step": 0.1}, {"update", "evaluation"}),
+    ("structures", {"correction": "adapters"}, {"correction", "evaluation"}),
+    ("adapters", {"adapters": {"rank": 2}}, {"correction", "evaluation"}),
+    ("structures", {"shots": 2, "sparsity": 0.4, "fresh_calibration": True}, set()),
+]
+"""Base, change, and the kinds of tasks of the first shot that run again."""
+
+
+@pytest.fixture(scope="module")
+def bases(
+    in_process: None, small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Project]:
+    """Gives a project after one shot of a base; not to be changed."""
+
+    @cache
+    def project(base: str) -> Project:
+        done = Project(tmp_path_factory.mktemp(base) / "project", small)
+        Runs(small, done.root).prune(**{"shots": 1, **BASES[base]})
+        return done
+
+    return project
+
+
+@pytest.mark.parametrize(("base", "change", "expected"), TABLE, ids=[f"{base} {change}" for base, change, _ in TABLE])
+def test_kinds_that_run_again(
+    bases: Callable[[str], Project], tmp_path: Path, base: str, change: dict[str, Any], expected: set[str]
+) -> None:
+    runs = Runs(bases(base).params, bases(base).copy(tmp_path / "project").root)
+    settings = {"shots": 1, **BASES[base]} | change
+    if "method" in change:  # which leaves nothing to iterate
+        settings.pop("max_iterations", None)
+    assert set(runs.prune(**settings).kinds("shot-01")) == expected
+
+
+def test_every_parameter_of_prune_is_in_the_table() -> None:
+    assert {name for _, change, _ in TABLE for name in change} == set(PruneParams.model_fields)

@@ -3,12 +3,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from surgeon.choices import Cost, Curvature
 from surgeon.curvature import damping as damping_module
 from surgeon.curvature.damping import factorise, triangular_inverse
-from surgeon.curvature.factors import LinearFactors
+from surgeon.curvature.factors import KroneckerTerms, LinearFactors
 from surgeon.errors import NumericalError
 from surgeon.pruning.linear import PrunedLinear
-from surgeon.pruning.live import select, without_dead
+from surgeon.pruning.live import live_linear, select, without_dead
 from surgeon.recipe import Damping
 from tests.surgeon.pruning.dense import (
     CASES,
@@ -123,6 +124,21 @@ def test_an_entirely_dead_linear_has_nothing_left(how: str, biased: bool) -> Non
     assert (live.n_dead_rows, live.n_dead_columns) == (3, 4)
     assert live.weight.shape == (0, int(biased))
     assert live.n_live_columns == 0
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("cost", list(Cost))
+def test_a_linear_without_gradients_has_kronecker_terms_of_zero(rank: int, biased: bool, cost: Cost) -> None:
+    """What reads it is gone. Its bias is no obstacle, though its factor is zero too."""
+    n = 4 + biased
+    factors = LinearFactors(terms=KroneckerTerms(torch.zeros(rank, 3, 3), torch.zeros(rank, n, n)))
+    kind = Curvature.NEAREST_KRONECKER if rank == 1 else Curvature.KRONECKER_SUM
+    linear = PrunedLinear.dense(torch.ones(3, 4), torch.ones(3) if biased else None)
+    live = live_linear(linear, factors, kind, DAMPING, WHERE)
+    assert (live.n_dead_rows, live.n_dead_columns) == (3, 4)
+    assert live.curvature.row_costs(live.weight, cost).shape == (0,)
+    assert live.curvature.column_costs(live.weight, cost).tolist() == [0.0] * biased
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 5, 8, 13])
