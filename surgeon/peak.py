@@ -5,7 +5,6 @@ reset is therefore remembered here. Elsewhere, and where the reset is not allowe
 """
 
 import ctypes
-import gc
 import resource
 import sys
 from contextlib import suppress
@@ -35,7 +34,6 @@ def reset_peak() -> None:
 
 def _give_back() -> None:
     """Returns freed memory to the system, which would otherwise count for the next computation (glibc only)."""
-    gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
