@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env run compare test check format lint types bench clean
+.PHONY: help env run compare comparison test check format lint types bench clean
 
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -27,6 +27,13 @@ run: env  ## prune the embedded model: the whole job, with a table at the end (S
 
 compare: env  ## compare methods on the embedded model: tables and a plot in data/compare (minutes; S as for run)
 	$(BIN)/surgeon compare compare.yaml $(foreach s,$(S),-S $(s))
+
+comparison: env  ## make what docs/comparison.md shows, below data/comparison (an hour; needs SURGEON_TEXT_DIR)
+	@test -f "$(SURGEON_TEXT_DIR)/valid.txt" || { echo "SURGEON_TEXT_DIR does not name a folder with WikiText-2"; exit 2; }
+	mkdir -p data/comparison
+	$(BIN)/surgeon compare benchmarks/comparison.yaml -p params.yaml -C data/comparison --engine inline \
+		-S "calibrate.text={source: $(abspath $(SURGEON_TEXT_DIR))/valid.txt}" \
+		-S "evaluate.text={source: $(abspath $(SURGEON_TEXT_DIR))/test.txt}"
 
 test: env  ## run all tests but the slow ones, a short run on the real model included
 	$(BIN)/pytest

@@ -4,8 +4,10 @@ Linux lets a process reset its own high-water mark, which also resets what `getr
 reset is therefore remembered here. Elsewhere, and where the reset is not allowed, the mark is that since the start.
 """
 
+import ctypes
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 _RESET = Path("/proc/self/clear_refs")
@@ -23,10 +25,17 @@ class _Largest:
 def reset_peak() -> None:
     """Starts a new measurement, where the system allows it."""
     _Largest.gib = process_peak_gib()
+    _give_back()
     try:
         _RESET.write_text("5", encoding="ascii")
     except OSError:
         return
+
+
+def _give_back() -> None:
+    """Returns freed memory to the system, which would otherwise count for the next computation (glibc only)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_gib() -> float:

@@ -63,7 +63,8 @@ WEIGHTS_DAMPING = Damping(0.01, 0.1)
 RANK = 2
 POWER_ITERATIONS = 2
 DRAWS = 1
-MAX_ITERATIONS = 40
+MAX_ITERATIONS = 20
+"""Measured (docs/benchmarks.md): with thousands of calibration tokens, more iterations fit their noise."""
 TOLERANCE = 1e-3
 CHUNKED_MAX_CORRELATE = 2000
 SEQUENTIAL_MAX_CORRELATE = 128

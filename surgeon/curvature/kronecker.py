@@ -32,10 +32,12 @@ class _Side:
         n: its size.
         damping: relative.
         where: block, linear and side, for error messages.
+        device: of the weight.
     """
 
-    def __init__(self, matrix: Tensor | None, n: int, damping: float, where: str) -> None:
+    def __init__(self, matrix: Tensor | None, n: int, damping: float, where: str, device: torch.device) -> None:
         self.matrix = matrix
+        self._device = device
         self.n = n
         self._asked = damping
         self._where = where
@@ -46,8 +48,8 @@ class _Side:
     def factorised(self) -> Factorised:
         """Damped and factorised, in float64."""
         if self._factorised is None:
-            matrix = torch.eye(self.n, dtype=torch.float64) if self.matrix is None else self.matrix.double()
-            self._factorised = factorise(matrix, self._asked, self._where)
+            matrix = torch.eye(self.n, device=self._device) if self.matrix is None else self.matrix
+            self._factorised = factorise(matrix.double(), self._asked, self._where)
             self._damped.clear()  # the damping may have been raised
         return self._factorised
 
@@ -72,7 +74,9 @@ class _Side:
 
     def diagonal(self) -> Tensor:
         """Diagonal without damping, `[n]` float64; of ones for the identity."""
-        return torch.ones(self.n, dtype=torch.float64) if self.matrix is None else self.matrix.diagonal().double()
+        if self.matrix is None:
+            return torch.ones(self.n, dtype=torch.float64, device=self._device)
+        return self.matrix.diagonal().double()
 
     def damped_diagonal(self) -> Tensor:
         """Diagonal with damping, `[n]` float64."""
@@ -95,14 +99,23 @@ class KroneckerCurvature(LinearCurvature):
         shape: of the live weight, with the bias.
         damping: relative, of both factors.
         where: block and linear, for error messages.
+        device: of the weight; counts where both are the identity.
     """
 
     def __init__(
-        self, gradients: Tensor | None, activations: Tensor | None, shape: tuple[int, int], damping: Damping, where: str
+        self,
+        gradients: Tensor | None,
+        activations: Tensor | None,
+        shape: tuple[int, int],
+        damping: Damping,
+        where: str,
+        device: torch.device | None = None,
     ) -> None:
         self.shape = shape
-        self._rows = _Side(gradients, shape[0], damping.gradients, f"{where}, outputs")
-        self._columns = _Side(activations, shape[1], damping.activations, f"{where}, inputs")
+        known = next((factor.device for factor in (gradients, activations) if factor is not None), None)
+        on = device or known or torch.device("cpu")
+        self._rows = _Side(gradients, shape[0], damping.gradients, f"{where}, outputs", on)
+        self._columns = _Side(activations, shape[1], damping.activations, f"{where}, inputs", on)
 
     @property
     def has_gradients(self) -> bool:

@@ -155,7 +155,7 @@ def _curvature(
 ) -> LinearCurvature:
     rows, columns = live
     if kind is Curvature.IDENTITY:
-        return KroneckerCurvature(None, None, shape, damping, where)
+        return KroneckerCurvature(None, None, shape, damping, where, linear.weight.device)
     if kind is Curvature.DIAGONAL:
         assert factors.diagonal is not None, f"{where}: no diagonal"
         return DiagonalCurvature(select(factors.diagonal, rows, columns))

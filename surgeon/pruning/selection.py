@@ -127,36 +127,42 @@ def weights_that_stay(costs: Tensor, granularity: Granularity, cut: Cut) -> Tens
         cut: of this linear.
     """
     if isinstance(granularity, NMPattern):
-        grouped = costs.reshape(costs.shape[0], -1, granularity.m)
-        chosen = _chosen(_group_costs(grouped, granularity.n), cut)
-        goes = (_rank_in_group(grouped) < granularity.n) & chosen[..., None]
-        return ~(goes | (grouped == GONE)).reshape(costs.shape)
+        members = _members(costs, granularity)
+        cheapest = _cheapest(members, granularity.n)
+        chosen = _chosen(_group_costs(members, cheapest, granularity.n), cut)
+        goes = (cheapest & chosen) | (members == GONE)
+        return ~goes.movedim(0, 2).reshape(costs.shape)
     return ~(_chosen(costs, cut) | (costs == GONE))
 
 
 def candidate_costs(costs: Tensor, granularity: Granularity) -> Tensor:
     """Costs of the candidates of one linear: the weights themselves, or groups `[n_out, n_in / M]`."""
     if isinstance(granularity, NMPattern):
-        return _group_costs(costs.reshape(costs.shape[0], -1, granularity.m), granularity.n)
+        members = _members(costs, granularity)
+        return _group_costs(members, _cheapest(members, granularity.n), granularity.n)
     return costs
 
 
-def _rank_in_group(grouped: Tensor) -> Tensor:
-    """How many weights of its group `[..., M]` come before each: cheaper ones, and equal ones of lower index."""
-    m = grouped.shape[-1]
-    index = torch.arange(m, device=grouped.device)
-    rank = torch.zeros(grouped.shape, dtype=torch.int16, device=grouped.device)
-    for other in range(m):
-        value = grouped[..., other : other + 1]
-        rank += (value < grouped) | ((value == grouped) & (index > other))
-    return rank
+def _members(costs: Tensor, pattern: NMPattern) -> Tensor:
+    """Costs by place in the group, `[M, n_out, n_in / M]`: whole matrices compare fast, groups of a few do not."""
+    return costs.reshape(costs.shape[0], -1, pattern.m).movedim(2, 0).contiguous()
 
 
-def _group_costs(grouped: Tensor, n: int) -> Tensor:
-    """Sum of the N cheapest of each group `[..., M]`; `GONE` where N or more are gone already."""
-    cheapest = _rank_in_group(grouped) < n
-    total = torch.where(cheapest, grouped.clamp(min=0.0), 0.0).sum(dim=-1)
-    return torch.where((grouped == GONE).sum(dim=-1) >= n, GONE, total)
+def _cheapest(members: Tensor, n: int) -> Tensor:
+    """Which N of each group cost least, `[M, n_out, n_in / M]` bool; of equal ones the first."""
+    n_before = torch.zeros(members.shape, dtype=torch.int16, device=members.device)
+    for one in range(len(members)):
+        for other in range(one + 1, len(members)):
+            later_is_cheaper = members[other] < members[one]
+            n_before[one] += later_is_cheaper
+            n_before[other] += ~later_is_cheaper
+    return n_before < n
+
+
+def _group_costs(members: Tensor, cheapest: Tensor, n: int) -> Tensor:
+    """Sum of the N cheapest of each group, `[n_out, n_in / M]`; `GONE` where N or more are gone already."""
+    total = torch.where(cheapest, members.clamp(min=0.0), 0.0).sum(dim=0)
+    return torch.where((members == GONE).sum(dim=0) >= n, GONE, total)
 
 
 def _chosen(candidates: Tensor, cut: Cut) -> Tensor:
