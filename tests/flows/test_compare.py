@@ -121,7 +121,7 @@ class TestNumbers:
             total[kind] = total.get(kind, 0.0) + record["seconds"]
             assert 0.05 < record["peak_memory_gib"] < 8
         last = [line for line in lines(compared) if line["row"] == "in shots"][-1]
-        assert 0 < float(last["statistics_s"]) < total["factors"]
+        assert 0 < float(last["statistics_s"]) < total["input-factors"] + total["output-factors"]
         assert 0 < float(last["update_s"]) < total["update"]
         assert 0 < float(last["costs_mask_s"]) < total["costs"] + total["mask"]
 

@@ -238,7 +238,7 @@ def test_reading_back(case: Case) -> None:
         statistics.ensure({1})
         references = statistics.lookup(1)
         assert references is not None
-        factors = read_statistics(statistics.context, references, names)
+        factors = dict(read_statistics(statistics.context, references, names))
         assert tuple(factors) == names
         for name, each in factors.items():
             found.setdefault(name, {}).update({k: v for k, v in vars(each).items() if v is not None})
@@ -272,8 +272,8 @@ def test_moments_are_of_what_lives(case: Case, inputs: Path, tmp_path: Path) -> 
     statistics.ensure({1})
     references = statistics.lookup(1)
     assert references is not None
-    factors = read_statistics(statistics.context, references, ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"))
-    gate, up, down = (each.moments for each in factors.values())
+    names = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    gate, up, down = (each.moments for _, each in read_statistics(statistics.context, references, names))
     assert gate is not None
     assert up is not None
     assert down is not None
