@@ -18,7 +18,7 @@ from tasks.progress import report
 from tasks.stage import Outcome, Product, Request, Stage, produce, read_arrays
 
 Array = NDArray[Any]
-MASK = Stage("mask", 2, ("surgeon.pruning.allocation", "surgeon.pruning.selection"))
+MASK = Stage("mask", 3, ("surgeon.pruning.allocation", "surgeon.pruning.selection"))
 
 
 @dataclass(frozen=True)
