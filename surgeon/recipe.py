@@ -68,7 +68,8 @@ MAX_ITERATIONS = 20
 TOLERANCE = 1e-3
 CHUNKED_MAX_CORRELATE = 2000
 SEQUENTIAL_MAX_CORRELATE = 128
-NEWTON_STEP = 0.3
+NEWTON_STEP = 0.001
+"""Measured (docs/benchmarks.md): with far more weights than tokens a whole step fits noise and ruins the model."""
 
 _WITHOUT_GRADIENTS = (Curvature.IDENTITY, Curvature.ACTIVATIONS)
 _UNCORRELATED = (Curvature.IDENTITY, Curvature.DIAGONAL)

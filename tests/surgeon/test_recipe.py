@@ -224,7 +224,7 @@ class TestCorrection:
     @pytest.mark.parametrize("granularity", [Structure.ROWS, WEIGHTS, PATTERN], ids=str)
     def test_newton(self, granularity: Any) -> None:
         recipe = resolve(Preferences(granularity=granularity, correction=Correction.NEWTON))
-        assert (recipe.correction, recipe.update.newton_step) == (Correction.NEWTON, 0.3)
+        assert (recipe.correction, recipe.update.newton_step) == (Correction.NEWTON, 0.001)
         given = Preferences(granularity=granularity, correction=Correction.NEWTON, newton_step=1.0)
         assert resolve(given).update.newton_step == 1.0
 
