@@ -5,7 +5,7 @@ import pytest
 from surgeon.choices import Allocation, Correction, Cost, Curvature, Method, Ranking, Structure, Targets, UpdateRule
 from surgeon.errors import ParameterError
 from surgeon.pruning.granularity import NMPattern
-from surgeon.recipe import WEIGHTS_DAMPING, Damping, Preferences, UpdateSpec, resolve
+from surgeon.recipe import MAX_ITERATIONS, TOLERANCE, WEIGHTS_DAMPING, Damping, Preferences, UpdateSpec, resolve
 
 WEIGHTS = Structure.WEIGHTS
 PATTERN = NMPattern(2, 4)
@@ -107,7 +107,7 @@ class TestUpdate:
     def test_exact_iterates_where_it_must(self, kind: Curvature, granularity: Any) -> None:
         iterates = granularity in (WEIGHTS, PATTERN) or kind in SUMS
         update = resolve(Preferences(granularity=granularity, curvature=kind)).update
-        assert update == UpdateSpec(UpdateRule.EXACT, *((40, 1e-3) if iterates else (0, 0.0)))
+        assert update == UpdateSpec(UpdateRule.EXACT, *((MAX_ITERATIONS, TOLERANCE) if iterates else (0, 0.0)))
         for name, value in (("max_iterations", 5), ("tolerance", 0.1)):
             given: dict[str, Any] = {"granularity": granularity, "curvature": kind, name: value}
             if iterates:
