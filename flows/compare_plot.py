@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from flows.compare_spec import percent
-from flows.comparison import Comparison, Table
+from flows.comparison import Comparison, Table, show_perplexity
 
 _PANELS_A_LINE = 2
 _WIDTH, _HEIGHT, _LEGEND_LINE = 6.6, 4.2, 0.21
@@ -22,6 +22,8 @@ _WRAPPED = 24
 _MARKERS = "osD^vP*X<>hp8d"
 _LINES = ("-", "--", "-.", ":")
 _DPI = 150
+_RUINED = 50
+"""Times the perplexity of the dense model, above which a model is of no use and a difference of no interest."""
 
 
 def draw_comparison(comparison: Comparison) -> bytes:
@@ -43,6 +45,11 @@ def draw_comparison(comparison: Comparison) -> bytes:
     return out.getvalue()
 
 
+def _shown(value: float, dense: float) -> float:
+    """Where a perplexity is drawn: a ruined model at the edge, so that the others can be told apart."""
+    return min(value, _RUINED * dense)
+
+
 def _draw_lines(panel: Axes, table: Table, dense: float) -> None:
     """Lines over sparsity, told apart by marker and dashes as well as by colour."""
     handles = [panel.axhline(dense, color="0.3", linestyle=(0, (6, 3)), linewidth=1.2)]
@@ -50,7 +57,7 @@ def _draw_lines(panel: Axes, table: Table, dense: float) -> None:
         cells = [cell for cell in row.cells if cell.perplexity is not None]
         handles += panel.plot(
             [cell.sparsity for cell in cells],
-            [cell.perplexity for cell in cells],
+            [_shown(cell.perplexity, dense) for cell in cells if cell.perplexity is not None],
             color=f"C{index % 10}",
             marker=_MARKERS[index % len(_MARKERS)],
             linestyle=_LINES[index // 10 % len(_LINES)],
@@ -65,7 +72,7 @@ def _draw_lines(panel: Axes, table: Table, dense: float) -> None:
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _position: percent(value)))
     panel.set_xlabel("weights removed")
     panel.set_yscale("log")
-    panel.set_ylabel("perplexity (log scale)")
+    panel.set_ylabel(f"perplexity (log scale, cut at {_RUINED} times dense)")
     _ticks(panel, "y")
 
 
@@ -74,10 +81,10 @@ def _draw_points(panel: Axes, table: Table, dense: float) -> None:
     for index, row in enumerate(table.rows):
         value = row.cells[0].perplexity
         if value is not None:
-            panel.plot(value, index, color=f"C{index % 10}", marker=_MARKERS[index % len(_MARKERS)], markersize=8)
-            panel.annotate(
-                f"{value:.4g}", (value, index), xytext=(8, 0), textcoords="offset points", va="center", fontsize="small"
-            )
+            shown = _shown(value, dense)
+            panel.plot(shown, index, color=f"C{index % 10}", marker=_MARKERS[index % len(_MARKERS)], markersize=8)
+            style = {"textcoords": "offset points", "va": "center", "fontsize": "small"}
+            panel.annotate(show_perplexity(value), (shown, index), xytext=(8, 0), **style)
         else:
             panel.annotate(
                 "failed", (0.02, index), xycoords=("axes fraction", "data"), va="center", fontsize="small", color="0.4"
