@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from flows.work import WorkPlan
-from surgeon.peak import reset_peak
 from tasks.stage import Outcome
 
 T = TypeVar("T")
@@ -70,7 +69,6 @@ class Engine(ABC):
     def task(self, body: Callable[..., Outcome[T]], *args: Any, name: str) -> T:
         """Runs a task and returns its value (a reference, or several)."""
         self.observer.task_started(name)
-        reset_peak()  # a result is charged with the memory of its own task
         outcome: Outcome[T] = self._run_task(body, args, name)
         self.observer.task_finished(name, outcome.cached)
         tally = self.tally
