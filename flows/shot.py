@@ -180,14 +180,16 @@ class ShotRun:
             removals = [Removal(self.target, cost, mask) for cost in costs]
         updates = self._updates(works, removals)
         names |= {work.name("update"): ref for work, ref in zip(works, updates, strict=True)}
-        after = self._corrected(updates) if self._adapters else updates
-        names |= {work.name("correction"): ref for work, ref in zip(works, after, strict=True) if after is not updates}
-        before, facts = self._n_live_before(), self._facts(updates)
+        after = updates
+        if self._adapters:
+            after = self._corrected(updates)
+            names |= {work.name("correction"): ref for work, ref in zip(works, after, strict=True)}
+        facts = self._facts(updates)
         record = {
             "names": {name: ref.key for name, ref in names.items()},
             "updates": [[ref.key, ref.digest] for ref in after],
             "sparsity": 1.0 - facts["n_live"] / self.context.model.n_weights,
-            "n_removed": mask.attributes["n_removed"] if mask else before - facts["n_live"],
+            "n_removed": mask.attributes["n_removed"] if mask else self._n_live_before() - facts["n_live"],
             "threshold": mask.attributes["threshold"] if mask else None,
             "predicted_cost": facts["predicted_cost"],
             "convergence": facts["convergence"],

@@ -1,6 +1,6 @@
 """First-order correction of a state: low-rank adapters, trained on all blocks at once and absorbed."""
 
-import time
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from surgeon.correction.adapters import AdapterResult, AdapterSettings, train_ad
 from surgeon.store import Reference, Store
 from tasks.context import Context, ModelState
 from tasks.progress import report
-from tasks.stage import Outcome, Product, Request, Stage, begin, commit, read_arrays, readable
+from tasks.stage import Outcome, Product, Request, Stage, produce_all, read_arrays
 from tasks.weights import open_model, read_linears
 
 CORRECTION = Stage(
@@ -51,23 +51,17 @@ def correction_task(
     """
     if not state.updates:
         raise ValueError("a state without updates has nothing to correct")
-    store = Store(context.store)
-    requests = correction_requests(context, state, calibration, settings, label)
-    with store.lock(requests[0].key(context)):
-        found = [readable(store, request.key(context)) for request in requests]
-        if all(reference is not None for reference in found):
-            return Outcome([ref for ref in found if ref is not None], cached=True, seconds=0.0)
-        start = begin()
+
+    def compute(missing: Collection[int]) -> dict[int, Callable[[], Product]]:
         tokens = read_arrays(context, calibration.key)["tokens"]
-        live = {name: mask for b in range(len(requests)) for name, mask in _live_weights(context, state, b).items()}
+        blocks = range(context.model.n_blocks)
+        live = {name: mask for b in blocks for name, mask in _live_weights(context, state, b).items()}
         progress = partial(report, f"{label}: correction")
         result = train_adapters(open_model(context, state), tokens, live, settings, progress)
-        share = (time.perf_counter() - start) / len(requests)
-        references = []
-        for block, request in enumerate(requests):
-            begun = time.perf_counter() - share
-            references.append(commit(context, request, _corrected(context, state, block, result), begun).value)
-        return Outcome(references, cached=False, seconds=time.perf_counter() - start)
+        return {block: partial(_corrected, context, state, block, result) for block in missing}
+
+    requests = dict(enumerate(correction_requests(context, state, calibration, settings, label)))
+    return produce_all(context, requests, requests[0].key(context), compute)
 
 
 def _live_weights(context: Context, state: ModelState, block: int) -> dict[str, Tensor]:

@@ -88,16 +88,9 @@ def produce(context: Context, request: Request, compute: Callable[[], Product]) 
 
     Two processes that want the same result do not both compute it: the second waits for the first.
     """
-    store = Store(context.store)
-    key = request.key(context)
-    if (found := readable(store, key)) is not None:
-        return Outcome(found, cached=True, seconds=0.0)
-    with store.lock(key):
-        if (found := readable(store, key)) is not None:
-            return Outcome(found, cached=True, seconds=0.0)
-        start = begin()
-        product = compute()
-        return commit(context, request, product, start)
+    outcome = produce_all(context, {None: request}, request.key(context), lambda _missing: {None: compute})
+    (reference,) = outcome.value
+    return Outcome(reference, outcome.cached, outcome.seconds)
 
 
 def begin() -> float:

@@ -52,6 +52,10 @@ class PrunedLinear:
             return self.weight.to(dtype)
         return torch.cat([self.weight, self.bias[:, None]], dim=1).to(dtype)
 
+    def with_bias(self, live: Tensor) -> Tensor:
+        """What lives of the inputs, `[..., n_in]` bool, and with a bias a last column for it, which always lives."""
+        return live if self.bias is None else torch.cat([live, live.new_ones(*live.shape[:-1], 1)], dim=-1)
+
     def alive(self) -> Tensor:
         """Which weights live, `[n_out, n_in]` bool."""
         if self.live_weights is not None:

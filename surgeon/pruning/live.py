@@ -7,7 +7,7 @@ Dead structures are taken out before anything is inverted: rows of zero weight o
 or zero activation. Removing them is free.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from surgeon.curvature.diagonalised import KroneckerSumCurvature, ekfac_curvatur
 from surgeon.curvature.factors import KroneckerTerms, LinearFactors
 from surgeon.curvature.interface import LinearCurvature
 from surgeon.curvature.kronecker import KroneckerCurvature
+from surgeon.errors import NonFiniteError
 from surgeon.pruning.linear import PrunedLinear
 from surgeon.recipe import Damping
 
@@ -66,7 +67,34 @@ class LiveLinear:
         full[rows.nonzero()[:, 0][:, None], columns.nonzero()[:, 0][None, :]] = live[:, :n_columns]
         return full
 
-    def placed_bias(self, live: Tensor) -> Tensor | None:
+    def scaled_gradient(self, step: float) -> Tensor | None:
+        """``s g``, what a step of the correction adds to the objective; None without a step."""
+        if not step:
+            return None
+        assert self.loss_gradient is not None, "a step needs the gradient of the loss"
+        return step * self.loss_gradient
+
+    def replaced(
+        self, updated: Tensor, live_rows: Tensor, live_columns: Tensor, live_weights: Tensor | None, where: str
+    ) -> PrunedLinear:
+        """The whole linear with other live weights ``[W b]``; float32.
+
+        Args:
+            updated: over what lived before, `[n_live_out, n_live_in (+ 1)]`, zero where nothing lives any more.
+            live_rows: what lives now, `[n_out]` bool.
+            live_columns: `[n_in]` bool.
+            live_weights: `[n_out, n_in]` bool, or None where all weights of live rows and columns live.
+            where: block and linear, for the error message.
+
+        Raises:
+            NonFiniteError: if a weight is not finite.
+        """
+        if not torch.isfinite(updated).all():
+            raise NonFiniteError(f"{where}: the update gave weights that are not finite; raise prune.damping")
+        updated = updated.float()
+        return PrunedLinear(self.placed(updated), self._placed_bias(updated), live_rows, live_columns, live_weights)
+
+    def _placed_bias(self, live: Tensor) -> Tensor | None:
         """The bias `[n_out]` from the last column of a matrix over live rows and columns; None without a bias."""
         if self.linear.bias is None:
             return None
@@ -128,9 +156,7 @@ def live_linear(
     """
     cleaned = without_dead(linear, factors)
     rows, columns = cleaned.live_rows, cleaned.live_columns
-    with_bias = columns
-    if cleaned.bias is not None:
-        with_bias = torch.cat([columns, torch.ones(1, dtype=torch.bool, device=columns.device)])
+    with_bias = cleaned.with_bias(columns)
     weight = select(cleaned.augmented(dtype), rows, with_bias)
     shape = (weight.shape[0], weight.shape[1])
     gradient = factors.loss_gradient
@@ -184,8 +210,3 @@ def _curvature(
     if factors.moments.moments.shape != shape:
         raise ValueError(f"{where}: moments of shape {tuple(factors.moments.moments.shape)}, but {shape} is live")
     return ekfac_curvature(gradients, activations, factors.moments, damping)
-
-
-def without_update(linear: PrunedLinear, keep: Tensor) -> PrunedLinear:
-    """The linear with some weights set to zero `[n_out, n_in]` bool, and nothing else changed."""
-    return replace(linear, weight=linear.weight * keep, live_weights=linear.alive() & keep)

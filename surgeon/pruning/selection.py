@@ -186,12 +186,11 @@ def _global_cuts(costs: Costs, target: float, granularity: Granularity, size: in
     """One threshold for all, with ties given to the first linears."""
     upper = np.zeros(1 << _BITS, dtype=np.int64)
     n_total = n_gone = n_linears = n_candidates = 0
-    for one in costs():
-        candidates = candidate_costs(torch.from_numpy(one), granularity).numpy().ravel()
-        bits = _bits(candidates[candidates != np.float32(GONE)])
+    for candidates, n_weights in _candidates(costs, granularity):
+        bits = _live_bits(candidates)
         upper += np.bincount(bits >> _BITS, minlength=upper.size)
         n_gone += candidates.size - bits.size
-        n_total += one.size
+        n_total += n_weights
         n_candidates += candidates.size
         n_linears += 1
     n_take = min(_n_candidates(target, n_total, size), n_candidates) - n_gone
@@ -199,29 +198,31 @@ def _global_cuts(costs: Costs, target: float, granularity: Granularity, size: in
         return [Cut(0.0, 0)] * n_linears
     high, n_below = _bin_of(upper, n_take)
     lower = np.zeros(1 << _BITS, dtype=np.int64)
-    for bits in _live_bits(costs, granularity):
+    for candidates, _ in _candidates(costs, granularity):
+        bits = _live_bits(candidates)
         lower += np.bincount(bits[bits >> _BITS == high] & ((1 << _BITS) - 1), minlength=lower.size)
     low, n_below_within = _bin_of(lower, n_take - n_below)
     n_ties = n_take - n_below - n_below_within
     found = np.uint32((high << _BITS) | low)
     threshold = float(found.view(np.float32))
     cuts = []
-    for bits in _live_bits(costs, granularity):
-        mine = min(n_ties, int(np.count_nonzero(bits == found)))
+    for candidates, _ in _candidates(costs, granularity):
+        mine = min(n_ties, int(np.count_nonzero(_live_bits(candidates) == found)))
         cuts.append(Cut(threshold, mine))
         n_ties -= mine
     return cuts
 
 
-def _live_bits(costs: Costs, granularity: Granularity) -> Iterable[NDArray[np.uint32]]:
+def _candidates(costs: Costs, granularity: Granularity) -> Iterable[tuple[FloatArray, int]]:
+    """For each linear the costs of its candidates, as a vector, and its number of weights."""
     for one in costs():
-        candidates = candidate_costs(torch.from_numpy(one), granularity).numpy().ravel()
-        yield _bits(candidates[candidates != np.float32(GONE)])
+        yield candidate_costs(torch.from_numpy(one), granularity).numpy().ravel(), one.size
 
 
-def _bits(values: FloatArray) -> NDArray[np.uint32]:
-    """Bits of numbers that are not negative; adding zero turns -0.0 into 0.0."""
-    return (values + np.float32(0.0)).view(np.uint32)
+def _live_bits(candidates: FloatArray) -> NDArray[np.uint32]:
+    """Bits of the costs of candidates that are not gone; adding zero turns -0.0 into 0.0."""
+    bits: NDArray[np.uint32] = (candidates[candidates != np.float32(GONE)] + np.float32(0.0)).view(np.uint32)
+    return bits
 
 
 def _bin_of(counts: Sequence[int] | NDArray[np.int64], rank: int) -> tuple[int, int]:

@@ -23,9 +23,8 @@ from surgeon.choices import UpdateRule
 from surgeon.curvature.damping import Factorised
 from surgeon.curvature.diagonalised import DiagonalisedCurvature
 from surgeon.curvature.kronecker import KroneckerCurvature
-from surgeon.errors import NonFiniteError, NumericalError
+from surgeon.errors import NumericalError
 from surgeon.pruning.conjugate import Convergence, Preconditioner, Problem, minimise
-from surgeon.pruning.linear import PrunedLinear
 from surgeon.pruning.live import LiveLinear
 from surgeon.pruning.weight_update import UpdateResult
 from surgeon.recipe import UpdateSpec
@@ -63,9 +62,7 @@ def update_structures(
     """
     before = live.linear
     keep_rows = live_rows[before.live_rows]
-    keep_columns = live_columns[before.live_columns]
-    if live.has_bias:
-        keep_columns = torch.cat([keep_columns, torch.ones(1, dtype=torch.bool, device=keep_columns.device)])
+    keep_columns = before.with_bias(live_columns[before.live_columns])
     weight = live.weight
     convergence = None
     if spec.rule is UpdateRule.NONE:
@@ -75,11 +72,9 @@ def update_structures(
         updated, predicted = _by_elimination(live, live.curvature, keep_rows, keep_columns, spec, where)
     else:
         updated, predicted, convergence = _by_iteration(live, keep_rows, keep_columns, spec, where)
-    if not torch.isfinite(updated).all():
-        raise NonFiniteError(f"{where}: the update gave weights that are not finite; raise prune.damping")
+    linear = live.replaced(updated, live_rows, live_columns, None, where)
     change = (updated - weight)[keep_rows][:, keep_columns]
     relative = float(change.norm() / weight.norm()) if weight.numel() else 0.0
-    linear = PrunedLinear(live.placed(updated.float()), live.placed_bias(updated.float()), live_rows, live_columns)
     return UpdateResult(linear, predicted, relative, convergence)
 
 
@@ -112,8 +107,7 @@ def _by_iteration(
 ) -> tuple[Tensor, float, Convergence]:
     """Conjugate gradients, preconditioned with the closed form of a Kronecker product that is near."""
     keep = keep_rows[:, None] & keep_columns[None, :]
-    gradient = None if live.loss_gradient is None or not spec.newton_step else spec.newton_step * live.loss_gradient
-    problem = Problem(live.curvature, live.weight, keep, gradient, where)
+    problem = Problem(live.curvature, live.weight, keep, live.scaled_gradient(spec.newton_step), where)
     precondition = _kept_product(live.curvature, keep_rows, keep_columns, where)
     change, predicted, convergence = minimise(problem, precondition, spec.max_iterations, spec.tolerance)
     return (live.weight + change) * keep, predicted, convergence

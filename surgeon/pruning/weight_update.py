@@ -16,7 +16,7 @@ from torch import Tensor
 
 from surgeon.choices import UpdateRule
 from surgeon.curvature.kronecker import KroneckerCurvature
-from surgeon.errors import NonFiniteError, NumericalError
+from surgeon.errors import NumericalError
 from surgeon.pruning.conjugate import Convergence, Problem, jacobi, minimise
 from surgeon.pruning.linear import PrunedLinear
 from surgeon.pruning.live import LiveLinear
@@ -54,13 +54,10 @@ def update_weights(live: LiveLinear, keep: Tensor, spec: UpdateSpec, where: str)
         NonFiniteError: if an updated weight is not finite.
     """
     weight = live.weight
-    stays = live.within(keep)
-    if live.has_bias:
-        stays = torch.cat([stays, torch.ones(len(stays), 1, dtype=torch.bool, device=stays.device)], dim=1)
+    stays = live.linear.with_bias(live.within(keep))
     convergence = None
     if spec.rule is UpdateRule.EXACT:
-        gradient = None if live.loss_gradient is None or not spec.newton_step else spec.newton_step * live.loss_gradient
-        problem = Problem(live.curvature, weight, stays, gradient, where)
+        problem = Problem(live.curvature, weight, stays, live.scaled_gradient(spec.newton_step), where)
         change, predicted, convergence = minimise(problem, jacobi(problem), spec.max_iterations, spec.tolerance)
         updated = weight + change
     else:
@@ -80,13 +77,8 @@ def finished(
     Raises:
         NonFiniteError: if one is not finite.
     """
-    if not torch.isfinite(updated).all():
-        raise NonFiniteError(f"{where}: the update gave weights that are not finite; raise prune.damping")
     before = live.linear
-    bias = live.placed_bias(updated.float())
-    linear = PrunedLinear(
-        live.placed(updated.float()), bias, before.live_rows, before.live_columns, keep & before.alive()
-    )
+    linear = live.replaced(updated, before.live_rows, before.live_columns, keep & before.alive(), where)
     norm = float(live.weight.norm())
     stays = live.within(keep)
     n = live.n_live_columns
