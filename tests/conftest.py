@@ -1,9 +1,11 @@
 """Options, skips with reasons, and the real model, fetched once for all tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from surgeon.errors import ModelError
 from surgeon.models import resolve_model
@@ -42,6 +44,15 @@ def models_directory(request: pytest.FixtureRequest) -> Path:
     except ModelError as error:
         pytest.skip(f"the real model cannot be had: {error}")
     return directory
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tiny matrices, where threads would only get into each other's way."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(autouse=True)

@@ -28,14 +28,7 @@ TOKENS = torch.arange(4, 44).view(2, 20)
 PROMPT = "the capital on the hill"
 N_NEW = 12
 RECORD = {"version": 1, "weights_digest": "0123abc", "card": "Größe"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def opened(path):

@@ -21,12 +21,7 @@ from tests.tasks.correction_states import SEQUENCES, pruned_state
 SETTINGS = AdapterSettings(rank=4, learning_rate=1e-2, epochs=3, batch_size=2, seed=(3, 1))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="session")
