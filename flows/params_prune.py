@@ -4,21 +4,35 @@ What a method decides is null by default. A value that is given must be possible
 out when the parameters are loaded; `PruneParams.recipe` is what they come down to.
 """
 
+import re
 from dataclasses import replace
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer, PrivateAttr, StrictBool, model_validator
+from pydantic import BeforeValidator, ByteSize, Field, PlainSerializer, PrivateAttr, StrictBool, model_validator
 from pydantic_core import PydanticCustomError
 
 from flows.params_section import Integer, Number, Positive, Section
-from surgeon.choices import Allocation, Correction, Cost, Curvature, Method, Ranking, Structure, Targets, UpdateRule
+from surgeon.choices import (
+    Allocation,
+    Correction,
+    Cost,
+    Curvature,
+    Method,
+    Ranking,
+    Structure,
+    Targets,
+    UpdateRule,
+    Widths,
+)
 from surgeon.errors import ParameterError
 from surgeon.pruning.granularity import Granularity, NMPattern, is_structured, parse_granularity
 from surgeon.recipe import Preferences, Recipe, resolve
 from surgeon.text.suggest import did_you_mean
 
+TARGETS = ("sparsity", "parameters", "size", "speedup")
+"""Ways to say how much is to go, of which one is given."""
 STRUCTURED_SPARSITY = 0.2
-"""Default sparsity where whole rows and columns go."""
+"""Default sparsity where whole rows, columns or units go."""
 WEIGHTS_SPARSITY = 0.5
 """Default sparsity where single weights go."""
 
@@ -27,7 +41,7 @@ def _read_granularity(value: Any) -> Any:
     if isinstance(value, Structure | NMPattern):
         return value
     if not isinstance(value, str):
-        raise PydanticCustomError("granularity", "must be text: rows, columns, rows-and-columns, weights or N:M")
+        raise PydanticCustomError("granularity", "must be text: units, rows, columns, rows-and-columns, weights or N:M")
     try:
         return parse_granularity(value)
     except ParameterError as error:
@@ -38,6 +52,24 @@ def _read_granularity(value: Any) -> Any:
 
 _Granularity = Annotated[Granularity, BeforeValidator(_read_granularity), PlainSerializer(str)]
 _Relative = Annotated[Number, Field(ge=0)]
+
+
+_SCALES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+
+def _read_count(value: Any) -> Any:
+    """A number of parameters, "100M" say."""
+    found = (
+        re.fullmatch(r"([0-9]+\.?[0-9]*)\s*([KMB]?)", value.strip(), re.IGNORECASE) if isinstance(value, str) else None
+    )
+    if found:
+        return round(float(found[1]) * _SCALES[found[2].upper()])
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise PydanticCustomError("count", "must be a number such as 100M, 1.2B or 90000000")
+
+
+_Count = Annotated[int, BeforeValidator(_read_count), Field(gt=0)]
 
 
 class DampingParams(Section):
@@ -76,8 +108,13 @@ class PruneParams(Section):
 
     method: Method = Method.LLM_SURGEON
     sparsity: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    parameters: _Count | None = None
+    size: Annotated[ByteSize, Field(gt=0)] | None = None
+    speedup: Annotated[Number, Field(gt=1)] | None = None
     shots: Positive = 3
-    structure: _Granularity = Structure.ROWS_AND_COLUMNS
+    structure: _Granularity = Structure.UNITS
+    widths: Widths | None = None
+    multiple: Positive | None = None
     curvature: Curvature | None = None
     rank: Annotated[Integer, Field(ge=2)] | None = None
     power_iterations: Positive | None = None
@@ -113,6 +150,7 @@ class PruneParams(Section):
                 "leave it out or choose correction: adapters",
                 {"correction": str(self.correction)},
             )
+        self._check_target()
         if isinstance(self.structure, NMPattern) and self.target_sparsity > self.structure.sparsity:
             raise PydanticCustomError(
                 "target",
@@ -126,14 +164,36 @@ class PruneParams(Section):
             raise PydanticCustomError("recipe", "{reason}", {"reason": str(error)}) from error
         return self
 
+    def _check_target(self) -> None:
+        """Refuses several targets at once, and one in units that only coupled units can be counted in."""
+        given = [name for name in TARGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise PydanticCustomError(
+                "targets",
+                "{given} are given, but a model has one target; leave all but one of {all} null",
+                {"given": " and ".join(given), "all": ", ".join(TARGETS)},
+            )
+        if given and given != ["sparsity"] and self.structure is not Structure.UNITS:
+            raise PydanticCustomError(
+                "targets",
+                "{given} has no effect with structure: {structure}, which leaves tensors of dense shape or needs index "
+                "maps; give sparsity, or structure: units",
+                {"given": given[0], "structure": str(self.structure)},
+            )
+
     @property
     def target_sparsity(self) -> float:
-        """Fraction of the weights to remove by all shots together."""
+        """Fraction of the weights to remove by all shots together; where another target is given, `Session.goal`."""
         if self.sparsity is not None:
             return self.sparsity
         if isinstance(self.structure, NMPattern):
             return self.structure.sparsity
         return STRUCTURED_SPARSITY if is_structured(self.structure) else WEIGHTS_SPARSITY
+
+    @property
+    def has_other_target(self) -> bool:
+        """Whether the target is not a sparsity."""
+        return any(getattr(self, name) is not None for name in TARGETS[1:])
 
     def recipe(self, seed: int) -> Recipe:
         """The same with every choice made.
@@ -151,19 +211,25 @@ class PruneParams(Section):
         recipe = self._recipe
         curvature, update, damping = recipe.curvature, recipe.update, recipe.damping
         adapters = recipe.correction is Correction.ADAPTERS
+        uniform = recipe.units is not None and recipe.units.widths is Widths.UNIFORM
         return {
             "method": recipe.method.value,
-            "sparsity": self.target_sparsity,
+            "sparsity": None if self.has_other_target else self.target_sparsity,
+            "parameters": self.parameters,
+            "size": self.size,
+            "speedup": self.speedup,
             "shots": self.shots,
             "structure": str(recipe.granularity),
+            "widths": recipe.units.widths.value if recipe.units else None,
+            "multiple": recipe.units.multiple if recipe.units else None,
             "curvature": curvature.kind.value,
             "rank": curvature.rank if curvature.kind is Curvature.KRONECKER_SUM else None,
             "power_iterations": curvature.iterations or None,
             "targets": curvature.targets.value,
             "draws": curvature.draws if curvature.targets is Targets.SAMPLED else None,
             "cost": recipe.cost.value,
-            "ranking": recipe.ranking.value,
-            "allocation": recipe.allocation.value,
+            "ranking": None if uniform else recipe.ranking.value,
+            "allocation": None if uniform else recipe.allocation.value,
             "update": update.rule.value,
             "max_iterations": update.max_iterations or None,
             "tolerance": update.tolerance or None,
@@ -182,6 +248,8 @@ class PruneParams(Section):
         return Preferences(
             method=self.method,
             granularity=self.structure,
+            widths=self.widths,
+            multiple=self.multiple,
             curvature=self.curvature,
             rank=self.rank,
             power_iterations=self.power_iterations,
@@ -203,4 +271,4 @@ class PruneParams(Section):
 
 def _effective(value: float, given: float | None) -> float | None:
     """A damping of the recipe; None where it is zero because it has no effect, and not because zero was given."""
-    return None if given is None and not value else value
+    return None if given != 0 and not value else value

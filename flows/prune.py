@@ -10,13 +10,13 @@ from tasks.context import ModelState
 from tasks.costs import COSTS
 
 
-def shot_target(sparsity: float, number: int, shots: int) -> float:
-    """Linear schedule: ``number / shots`` of the final sparsity.
+def shot_target(fraction: float, number: int, shots: int) -> float:
+    """Linear schedule: ``number / shots`` of what is to go.
 
     Reference: van der Ouderaa et al. 2024 (LLM Surgeon), section 3.4.
     """
     # Rounded, so that a third of 0.3 is 0.1 and shots of different schedules with equal targets are the same work.
-    return round(sparsity * number / shots, 12)
+    return round(fraction * number / shots, 12)
 
 
 def require_space(session: Session) -> None:
@@ -29,7 +29,7 @@ def require_space(session: Session) -> None:
     state: ModelState | None = session.dense
     finished = 0
     while state is not None and finished < pruning.shots:
-        target = shot_target(pruning.target_sparsity, finished + 1, pruning.shots)
+        target = shot_target(session.goal.fraction, finished + 1, pruning.shots)
         state = ShotRun(session, state, session.calibration(finished + 1), finished + 1, target).finished_state()
         finished += state is not None
     missing = pruning.shots - finished
@@ -47,7 +47,7 @@ def prune(session: Session) -> list[Shot]:
     shots = []
     for number in range(1, pruning.shots + 1):
         calibration = session.calibration(number)
-        target = shot_target(pruning.target_sparsity, number, pruning.shots)
+        target = shot_target(session.goal.fraction, number, pruning.shots)
         shot = ShotRun(session, state, calibration, number, target).run()
         shots.append(shot)
         _evict(session, shots)

@@ -8,14 +8,16 @@ import psutil
 import torch
 
 from flows.engine import Engine
+from flows.goal import Goal, find_goal
 from flows.params import Params
 from flows.workspace import Workspace
-from surgeon.choices import Device
+from surgeon.choices import Device, Structure
 from surgeon.correction.adapters import AdapterSettings
 from surgeon.curvature.spec import CurvatureSpec, Statistic
 from surgeon.errors import ParameterError
 from surgeon.memory import MemoryEstimate, blocks_that_fit
-from surgeon.models import Checkpoint, build_skeleton, discover, resolve_model
+from surgeon.models import Checkpoint, build_skeleton, count_parameters, discover, resolve_model
+from surgeon.models.families import family_names
 from surgeon.pruning.granularity import NMPattern
 from surgeon.recipe import Recipe
 from surgeon.store import Reference, Store
@@ -50,6 +52,11 @@ class Session:
     def recipe(self) -> Recipe:
         """How to prune, with every choice made."""
         return self.params.prune.recipe(self.params.seed)
+
+    @cached_property
+    def goal(self) -> Goal:
+        """How much all shots together remove. A speed-up is measured for when first asked."""
+        return find_goal(self)
 
     @cached_property
     def adapters(self) -> AdapterSettings:
@@ -97,6 +104,9 @@ class Session:
             width=config.hidden_size,
             n_vocabulary=config.vocab_size,
             max_length=getattr(config, "max_position_embeddings", None),
+            n_parameters=count_parameters(skeleton),
+            couplings=architecture.couplings,
+            heads_are_free=architecture.family is not None and architecture.family.heads_are_free,
         )
 
     @cached_property
@@ -159,16 +169,25 @@ class Session:
         require_length(self.model, self.params.evaluate.length, "evaluate.length")
         require_separate(self.sequence_spec().text, self.window_spec().text)
         self.check_structure()
+        if self.params.prune.speedup is None:  # which takes measuring, and so comes with the first shot
+            _ = self.goal
         self.workspace.store.mkdir(parents=True, exist_ok=True)
         _ = self.context
 
     def check_structure(self) -> None:
-        """Refuses an N:M pattern that the inputs of a linear do not divide into.
+        """Refuses units of a model whose couplings are unknown, and N:M where a linear's inputs do not divide.
 
         Raises:
-            ParameterError: naming block and linear.
+            ParameterError: naming the family, or block and linear.
         """
         pattern = self.params.prune.structure
+        if pattern is Structure.UNITS and self.model.couplings is None:
+            raise ParameterError(
+                f"prune.structure: {pattern}: what belongs together in {self.checkpoint.source} is not known "
+                f"(described families: {family_names()}); use "
+                f"-S prune.structure={Structure.ROWS_AND_COLUMNS}, which needs no description, or describe the family "
+                "in surgeon/models/families.py"
+            )
         if not isinstance(pattern, NMPattern):
             return
         for index, block in enumerate(self.model.blocks):

@@ -23,7 +23,7 @@ from tasks.mask import MASK, MaskRule, mask_request, mask_task
 from tasks.stage import Outcome, Product, Request, Stage, produce, readable
 from tasks.update import UPDATE, Removal, update_request, update_task
 
-SHOT = Stage("shot", 2, ())
+SHOT = Stage("shot", 3, ())
 """A finished shot: which updates it ended with. It lets a finished shot be found with one look-up."""
 
 
@@ -81,7 +81,9 @@ class ShotRun:
         self.target = target
         self.label = shot_label(number)
         self.recipe = session.recipe
-        self.rule = MaskRule(target, self.recipe.granularity, self.recipe.ranking, self.recipe.allocation)
+        recipe = self.recipe
+        usage = session.goal.usage
+        self.rule = MaskRule(target, recipe.granularity, recipe.ranking, recipe.allocation, recipe.units, usage)
         self.blocks = range(self.context.model.n_blocks)
         self.statistics = BlockStatistics(
             session, state, calibration, self.label, self.recipe.curvature, self.recipe.update.newton_step > 0
@@ -153,6 +155,7 @@ class ShotRun:
             "recipe": recipe,
             "adapters": asdict(self._adapters) if self._adapters else None,
             "target": self.target,
+            "usage": self.rule.usage.parameters,
             "batch_size": self.context.batch_size,
             "versions": {stage.kind: stage.version for stage in stages},
         }
@@ -191,6 +194,7 @@ class ShotRun:
             "sparsity": 1.0 - facts["n_live"] / self.context.model.n_weights,
             "n_removed": mask.attributes["n_removed"] if mask else self._n_live_before() - facts["n_live"],
             "threshold": mask.attributes["threshold"] if mask else None,
+            "kept": mask.attributes.get("kept") if mask else None,
             "predicted_cost": facts["predicted_cost"],
             "convergence": facts["convergence"],
             "correction": after[0].attributes.get("correction"),

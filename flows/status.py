@@ -34,7 +34,7 @@ def status_of(session: Session) -> list[dict[str, Any]]:
     for number in range(1, pruning.shots + 1):
         if number > 1 and pruning.fresh_calibration:
             calibration = store.lookup(sequences_request(context, session.sequence_spec(number)).key(context))
-        target = shot_target(pruning.target_sparsity, number, pruning.shots)
+        target = shot_target(session.goal.fraction, number, pruning.shots)
         label = f"{shot_label(number)} (to {target:.1%})"
         if state is None or calibration is None:
             lines.append(_line(label, "not known before the shot above", "the whole shot"))

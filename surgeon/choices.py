@@ -20,12 +20,32 @@ class Method(StrEnum):
 
 
 class Structure(StrEnum):
-    """What is removed from a linear: rows (outputs), columns (inputs), whichever of both costs less, or weights."""
+    """What is removed: coupled units of a block; or of a linear rows (outputs), columns (inputs), both, or weights.
 
+    Units are MLP neurons and key/value groups, each with everything that makes and reads it: without them a model is
+    smaller.
+    """
+
+    UNITS = "units"
     ROWS = "rows"
     COLUMNS = "columns"
     ROWS_AND_COLUMNS = "rows-and-columns"
     WEIGHTS = "weights"
+
+
+class Widths(StrEnum):
+    """How many units blocks keep: equally many (`uniform`, which stock models can be), or any number (`free`)."""
+
+    UNIFORM = "uniform"
+    FREE = "free"
+
+
+class Resource(StrEnum):
+    """What a target is a fraction of: weights of decoder linears, parameters, or seconds of a forward pass."""
+
+    WEIGHTS = "weights"
+    PARAMETERS = "parameters"
+    SECONDS = "seconds"
 
 
 class Curvature(StrEnum):
@@ -66,7 +86,7 @@ class Cost(StrEnum):
 
 
 class Ranking(StrEnum):
-    """What is compared between linears: the cost of a structure, or its cost divided by its number of weights."""
+    """What is compared between linears: the cost of a structure, or its cost divided by what it frees (weights)."""
 
     COST = "cost"
     COST_PER_WEIGHT = "cost-per-weight"

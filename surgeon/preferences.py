@@ -2,7 +2,18 @@
 
 from dataclasses import dataclass
 
-from surgeon.choices import Allocation, Correction, Cost, Curvature, Method, Ranking, Structure, Targets, UpdateRule
+from surgeon.choices import (
+    Allocation,
+    Correction,
+    Cost,
+    Curvature,
+    Method,
+    Ranking,
+    Structure,
+    Targets,
+    UpdateRule,
+    Widths,
+)
 from surgeon.errors import ParameterError
 from surgeon.pruning.granularity import Granularity
 
@@ -14,6 +25,8 @@ class Preferences:
     Attributes:
         method: the preset.
         granularity: what goes as one.
+        widths: of units, equal in all blocks or free.
+        multiple: what a number of MLP neurons is rounded to, at least 1.
         curvature: the approximation.
         rank: Kronecker products of `kronecker-sum`, at least 2.
         power_iterations: passes of the power iteration of `nearest-kronecker` and `kronecker-sum`, at least 1.
@@ -33,7 +46,9 @@ class Preferences:
     """
 
     method: Method = Method.LLM_SURGEON
-    granularity: Granularity = Structure.ROWS_AND_COLUMNS
+    granularity: Granularity = Structure.UNITS
+    widths: Widths | None = None
+    multiple: int | None = None
     curvature: Curvature | None = None
     rank: int | None = None
     power_iterations: int | None = None
@@ -52,7 +67,7 @@ class Preferences:
     newton_step: float | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("rank", 2), ("power_iterations", 1), ("draws", 1), ("max_iterations", 1)):
+        for name, least in (("rank", 2), ("multiple", 1), ("power_iterations", 1), ("draws", 1), ("max_iterations", 1)):
             _require_least(name, getattr(self, name), least)
         _require_least("max_correlate", self.max_correlate, 1)
         _require_least("damping.activations", self.damping_activations, 0)

@@ -6,7 +6,18 @@ contradicts them or would have no effect.
 
 from dataclasses import dataclass, replace
 
-from surgeon.choices import Allocation, Correction, Cost, Curvature, Method, Ranking, Targets, UpdateRule
+from surgeon.choices import (
+    Allocation,
+    Correction,
+    Cost,
+    Curvature,
+    Method,
+    Ranking,
+    Structure,
+    Targets,
+    UpdateRule,
+    Widths,
+)
 from surgeon.curvature.spec import CurvatureSpec
 from surgeon.errors import ParameterError
 from surgeon.preferences import Preferences, no_effect
@@ -42,6 +53,19 @@ class UpdateSpec:
 
 
 @dataclass(frozen=True)
+class UnitSpec:
+    """Which numbers of coupled units blocks may keep.
+
+    Attributes:
+        widths: equal in all blocks or free.
+        multiple: numbers of MLP neurons are multiples of it.
+    """
+
+    widths: Widths
+    multiple: int
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides which weights go and what becomes of the others, but the target of a shot."""
 
@@ -54,12 +78,15 @@ class Recipe:
     allocation: Allocation
     update: UpdateSpec
     correction: Correction
+    units: UnitSpec | None = None
 
 
 STRUCTURED_DAMPING = Damping(0.01, 0.1)
 """Default damping where whole rows and columns go."""
 WEIGHTS_DAMPING = Damping(0.01, 0.1)
 """Default damping where weights go, in an N:M pattern or not."""
+MULTIPLES = {Widths.UNIFORM: 64, Widths.FREE: 1}
+"""Default multiple of MLP widths."""
 RANK = 2
 POWER_ITERATIONS = 2
 DRAWS = 1
@@ -108,7 +135,22 @@ def resolve(asked: Preferences, seed: int = 0) -> Recipe:
         allocation=_allocation(asked, preset),
         update=update,
         correction=asked.correction,
+        units=_units(asked),
     )
+
+
+def _units(asked: Preferences) -> UnitSpec | None:
+    if asked.granularity is not Structure.UNITS:
+        where, reason = f"structure: {asked.granularity}", f"only {Structure.UNITS} have widths"
+        no_effect("widths", asked.widths, where, reason)
+        no_effect("multiple", asked.multiple, where, reason)
+        return None
+    widths = asked.widths or Widths.UNIFORM
+    if widths is Widths.UNIFORM:
+        reason = "equal widths are chosen for all blocks together"
+        no_effect("ranking", asked.ranking, f"widths: {widths}", reason)
+        no_effect("allocation", asked.allocation, f"widths: {widths}", reason)
+    return UnitSpec(widths, asked.multiple or MULTIPLES[widths])
 
 
 def _curvature(asked: Preferences, kind: Curvature, seed: int) -> CurvatureSpec:
@@ -179,6 +221,11 @@ def _require_rule(rule: UpdateRule, asked: Preferences, kind: Curvature) -> None
             f"update: {rule} adds up solutions for rows and for columns, so it needs a structure of rows or columns; "
             f"got structure: {asked.granularity}; try {UpdateRule.EXACT}"
         )
+    if rule is UpdateRule.INDEPENDENT and asked.granularity is Structure.UNITS:
+        raise ParameterError(
+            f"update: {rule} adds up solutions for rows and for columns, but structure: {Structure.UNITS} is paid for "
+            f"by its columns alone, so nothing is added; try {UpdateRule.EXACT}"
+        )
     if rule is UpdateRule.CHUNKED and structured:
         raise ParameterError(
             f"update: {rule} solves for some single weights at a time, so it needs structure: weights or N:M; got "
@@ -204,6 +251,13 @@ def _damping(asked: Preferences, kind: Curvature, cost: Cost, rule: UpdateRule) 
     default = STRUCTURED_DAMPING if is_structured(asked.granularity) else WEIGHTS_DAMPING
     if kind in _WITHOUT_GRADIENTS:
         no_effect("damping.gradients", gradients, f"curvature: {kind}", "which has no factor of gradients")
+        default = replace(default, gradients=0.0)
+    by_columns = asked.granularity is Structure.UNITS and asked.correction is not Correction.NEWTON
+    if by_columns and kind in _SINGLE_PRODUCT:
+        reason = "units go by the columns of a linear, for which only the factor of activations is inverted"
+        if gradients != activations:  # one number for both is meant for what there is
+            no_effect("damping.gradients", gradients, f"structure: {Structure.UNITS}", reason)
+        gradients = None
         default = replace(default, gradients=0.0)
     return Damping(
         default.activations if activations is None else activations,

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from surgeon.curvature.spec import CurvatureSpec, Statistic
-from surgeon.models import Checkpoint
+from surgeon.models import BlockCouplings, Checkpoint
 from surgeon.passes.groups import block_groups
 from surgeon.store import Reference
 
@@ -39,6 +39,9 @@ class ModelSpec:
         width: size of the hidden states.
         n_vocabulary: number of tokens.
         max_length: longest sequence the model's positions allow, or None.
+        n_parameters: of the whole model, tied ones counted once.
+        couplings: what belongs together in each block; None if the family is not described.
+        heads_are_free: whether the stock configuration of the family can have any number of heads.
     """
 
     checkpoint: Checkpoint
@@ -48,6 +51,9 @@ class ModelSpec:
     width: int
     n_vocabulary: int
     max_length: int | None
+    n_parameters: int
+    couplings: tuple[BlockCouplings, ...] | None = None
+    heads_are_free: bool = False
 
     @property
     def n_blocks(self) -> int:

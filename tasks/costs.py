@@ -1,4 +1,4 @@
-"""Costs of everything in one block that could go: rows and columns, or single weights.
+"""Costs of everything in one block that could go: units, rows and columns, or single weights.
 
 Vectors over the rows (columns) of several linears are stored one after the other, in module order.
 """
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from surgeon.choices import Cost, Curvature
+from surgeon.choices import Cost, Curvature, Structure
 from surgeon.curvature.spec import Statistic
 from surgeon.pruning.costs import structure_costs, weight_costs
-from surgeon.pruning.granularity import is_structured
+from surgeon.pruning.granularity import Granularity, is_structured
+from surgeon.pruning.linear import PrunedLinear
 from surgeon.pruning.live import LiveLinear, live_linear
 from surgeon.recipe import Recipe
 from surgeon.store import Reference
@@ -19,6 +20,7 @@ from tasks.context import Context, ModelState
 from tasks.curvature import read_statistics
 from tasks.progress import report
 from tasks.stage import Outcome, Product, Request, Stage, produce
+from tasks.units import block_sub_layers, unit_costs
 from tasks.weights import read_linears
 
 LIVE_SOURCES = (
@@ -32,7 +34,11 @@ LIVE_SOURCES = (
     "surgeon.pruning.live",
 )
 """What costs and updates share: a linear's live part and its curvature."""
-COSTS = Stage("costs", 2, (*LIVE_SOURCES, "surgeon.pruning.costs"))
+COSTS = Stage(
+    "costs",
+    2,
+    (*LIVE_SOURCES, "surgeon.curvature.groups", "surgeon.pruning.costs", "surgeon.pruning.elimination", "tasks.units"),
+)
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,17 @@ def cost_request(work: BlockWork) -> Request:
         "block": work.block,
         "curvature": recipe.curvature.kind,
         "cost": recipe.cost,
-        "of": "structures" if is_structured(recipe.granularity) else "weights",
+        "of": _kind(recipe.granularity),
         "damping": damping_parameters(recipe) if recipe.cost is Cost.OBS else None,
     }
     return Request(COSTS, parameters, _without(work.inputs, Statistic.LOSS_GRADIENT), work.name("costs"))
+
+
+def _kind(granularity: Granularity) -> str:
+    """What costs are of: those of rows and columns serve several granularities."""
+    if granularity is Structure.UNITS:
+        return "units"
+    return "structures" if is_structured(granularity) else "weights"
 
 
 def damping_parameters(recipe: Recipe) -> list[float | None]:
@@ -90,6 +103,8 @@ def cost_task(context: Context, work: BlockWork) -> Outcome[Reference]:
 
     def compute() -> Product:
         linears = read_linears(context, work.state, work.block)
+        if work.recipe.granularity is Structure.UNITS:
+            return _unit_product(context, work, linears)
         structured = is_structured(work.recipe.granularity)
         arrays: dict[str, list[torch.Tensor]] = {}
         facts = {}
@@ -115,6 +130,15 @@ def cost_task(context: Context, work: BlockWork) -> Outcome[Reference]:
 
     report(f"{work.label}: costs", work.block, context.model.n_blocks)
     return produce(context, cost_request(work), compute)
+
+
+def _unit_product(context: Context, work: BlockWork, linears: Mapping[str, PrunedLinear]) -> Product:
+    parts = block_sub_layers(context.model, work.block)
+    statistics = read_statistics(context, _second_order(work.statistics), [sub.output for sub in parts])
+    arrays, facts = unit_costs(parts, linears, statistics, work.recipe, f"block {work.block}")
+    for part in ("live_rows", "live_columns"):
+        arrays[part] = torch.cat([getattr(linear, part) for linear in linears.values()]).cpu().numpy()
+    return Product(arrays, {"linears": facts})
 
 
 def _facts(live: LiveLinear, cost: Cost) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """What goes from every linear of the model: one threshold over the costs of all blocks, or one for each linear."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,22 @@ from surgeon.choices import Allocation, Ranking, Structure
 from surgeon.pruning.allocation import Candidates, allocate
 from surgeon.pruning.granularity import Granularity, is_structured
 from surgeon.pruning.selection import Cut, check_divides, select_weights
+from surgeon.recipe import UnitSpec
 from surgeon.store import Reference, Store, digest_arrays
 from tasks.context import Context, LinearShape
 from tasks.progress import report
 from tasks.stage import Outcome, Product, Request, Stage, produce, read_arrays
+from tasks.units import WEIGHTS, UnitRule, Usage, unit_masks
 
 Array = NDArray[Any]
-MASK = Stage("mask", 3, ("surgeon.pruning.allocation", "surgeon.pruning.selection"))
+_SOURCES = (
+    "surgeon.pruning.allocation",
+    "surgeon.pruning.selection",
+    "surgeon.pruning.unit_allocation",
+    "surgeon.pruning.units",
+    "tasks.units",
+)
+MASK = Stage("mask", 3, _SOURCES)
 
 
 @dataclass(frozen=True)
@@ -29,18 +38,23 @@ class MaskRule:
     granularity: Granularity
     ranking: Ranking
     allocation: Allocation
+    units: UnitSpec | None = None
+    usage: Usage = WEIGHTS
 
 
 def mask_request(costs: Sequence[Reference], rule: MaskRule, label: str) -> Request:
     """The request for the mask of all blocks."""
+    parameters: dict[str, Any] = {
+        "target": rule.target,
+        "structure": str(rule.granularity),
+        "ranking": rule.ranking if is_structured(rule.granularity) else None,
+        "allocation": rule.allocation,
+    }
+    if rule.units is not None:
+        parameters |= {"units": asdict(rule.units), "usage": rule.usage.parameters}
     return Request(
         MASK,
-        {
-            "target": rule.target,
-            "structure": str(rule.granularity),
-            "ranking": rule.ranking if is_structured(rule.granularity) else None,
-            "allocation": rule.allocation,
-        },
+        parameters,
         {"costs": [reference.digest for reference in costs]},
         f"{label}/mask",
     )
@@ -53,6 +67,9 @@ def mask_task(context: Context, costs: Sequence[Reference], rule: MaskRule, labe
     """
 
     def compute() -> Product:
+        if rule.units is not None:
+            unit_rule = UnitRule(rule.target, rule.usage, rule.units, rule.ranking, rule.allocation)
+            return Product(*unit_masks(context, costs, unit_rule))
         if isinstance(rule.granularity, Structure) and is_structured(rule.granularity):
             return _structures(context, costs, rule, rule.granularity)
         return _weights(context, costs, rule)

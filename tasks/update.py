@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from surgeon.choices import UpdateRule
+from surgeon.choices import Structure, UpdateRule
 from surgeon.pruning.granularity import is_structured
 from surgeon.pruning.linear import PrunedLinear
 from surgeon.pruning.live import live_linear
@@ -31,6 +31,7 @@ UPDATE = Stage(
     2,
     (
         *LIVE_SOURCES,
+        "surgeon.curvature.groups",
         "surgeon.pruning.conjugate",
         "surgeon.pruning.selection",
         "surgeon.pruning.sequential",
@@ -97,6 +98,8 @@ def _structures(
 ) -> dict[str, UpdateResult]:
     assert removal.mask is not None, "rows and columns go by a mask"
     masks = block_masks(context, work.block, removal.mask)
+    if work.recipe.granularity is Structure.UNITS:
+        linears = _without_rows(linears, masks)
     changed = [
         name
         for name, linear in linears.items()
@@ -109,6 +112,13 @@ def _structures(
         live = live_linear(linears[name], factors, recipe.curvature.kind, recipe.damping, where)
         results[name] = update_structures(live, *masks[name], recipe.update, where)
     return results
+
+
+def _without_rows(
+    linears: Mapping[str, PrunedLinear], masks: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+) -> dict[str, PrunedLinear]:
+    """Linears of which the rows of removed units are gone: nothing reads them, so nothing has to make up for them."""
+    return {name: linear.restricted(masks[name][0], linear.live_columns) for name, linear in linears.items()}
 
 
 def _weights(

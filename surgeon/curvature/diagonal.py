@@ -8,6 +8,7 @@ Reference: LeCun et al. 1989, *Optimal Brain Damage*.
 from torch import Tensor
 
 from surgeon.choices import Cost
+from surgeon.curvature.groups import summed_costs
 from surgeon.curvature.interface import LinearCurvature
 
 
@@ -41,6 +42,10 @@ class DiagonalCurvature(LinearCurvature):
     def column_costs(self, weight: Tensor, cost: Cost) -> Tensor:
         """``½ Σ_r W_rc² D_rc``."""
         return self.weight_costs(weight.double(), cost).sum(dim=0)
+
+    def group_costs(self, weight: Tensor, owner: Tensor, n_groups: int, cost: Cost) -> Tensor:
+        """The sum over the columns of a group."""
+        return summed_costs(self.column_costs(weight, cost), owner, n_groups)
 
     def weight_scales(self, cost: Cost) -> Tensor:  # noqa: ARG002
         """``½ D``."""

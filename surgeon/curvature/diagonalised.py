@@ -33,6 +33,7 @@ from torch import Tensor
 from surgeon.choices import Cost
 from surgeon.curvature.damping import ESCALATION, MAX_ESCALATIONS, Factorised, damped, factorise
 from surgeon.curvature.factors import EigenMoments, KroneckerTerms
+from surgeon.curvature.groups import members_of, plain_costs, summed_costs, with_bias
 from surgeon.curvature.interface import LinearCurvature
 from surgeon.errors import NumericalError
 from surgeon.recipe import Damping
@@ -110,6 +111,28 @@ class DiagonalisedCurvature(LinearCurvature):
         if cost is Cost.OBD:
             return 0.5 * (rotated * (self._spectrum @ self._columns.primal.square().T)).sum(dim=0)
         return 0.5 * (rotated / (self._damped_spectrum.reciprocal() @ self._columns.dual.square().T)).sum(dim=0)
+
+    def group_costs(self, weight: Tensor, owner: Tensor, n_groups: int, cost: Cost) -> Tensor:
+        """Of columns Q together: rows of ``B_Gᵀ W`` are independent of each other, each with a curvature of its own.
+
+        OBD: ``½ Σ_k w_kᵀ [B_A diag(S_k) B_Aᵀ]_QQ w_k``; OBS: ``½ Σ_k w_kᵀ ([D_A diag(1/Ŝ_k) D_Aᵀ]_QQ)⁻¹ w_k``.
+        """
+        members = members_of(owner, n_groups)
+        if all(q.numel() <= 1 for q in members):
+            return summed_costs(self.column_costs(weight, cost), owner, n_groups)
+        rotated = self._rows.primal.T @ weight.double()
+        costs = rotated.new_zeros(n_groups)
+        for group, q in enumerate(members):
+            if cost is Cost.OBD:
+                along = rotated[:, q] @ self._columns.primal[q]
+                costs[group] = 0.5 * (along.square() * self._spectrum).sum()
+            else:
+                basis = self._columns.dual[q]
+                for k, row in enumerate(rotated[:, q]):
+                    inverse = (basis / self._damped_spectrum[k]) @ basis.T
+                    solved = torch.cholesky_solve(row[:, None], torch.linalg.cholesky(inverse))
+                    costs[group] += 0.5 * (row @ solved[:, 0])
+        return costs
 
     def weight_scales(self, cost: Cost) -> Tensor:
         """See the table of the module."""
@@ -241,6 +264,17 @@ class KroneckerSumCurvature(DiagonalisedCurvature):
         return sum(
             (0.5 * a.diagonal() * ((g @ weight) * weight).sum(dim=0) for g, a in self._terms),
             start=weight.new_zeros(self.shape[1]),
+        )
+
+    def group_costs(self, weight: Tensor, owner: Tensor, n_groups: int, cost: Cost) -> Tensor:
+        """OBD: ``½ Σ_k tr([A_k]_QQ W_Qᵀ G_k W_Q)`` without damping."""
+        if cost is Cost.OBS:
+            return super().group_costs(weight, owner, n_groups, cost)
+        weight = weight.double()
+        owner = with_bias(owner, self.shape[1])
+        return sum(
+            (plain_costs(weight, g @ weight, a, owner, n_groups) for g, a in self._terms),
+            start=weight.new_zeros(n_groups),
         )
 
     def weight_scales(self, cost: Cost) -> Tensor:

@@ -46,6 +46,17 @@ class LinearCurvature(ABC):
         """Costs of removing each column of a weight `[n_out, n_in (+ 1)]`: `[n_in (+ 1)]` float64."""
 
     @abstractmethod
+    def group_costs(self, weight: Tensor, owner: Tensor, n_groups: int, cost: Cost) -> Tensor:
+        """Costs of removing each group of columns from a weight `[n_out, n_in (+ 1)]`: `[n_groups]` float64.
+
+        Args:
+            weight: the bias last, if there is one.
+            owner: `[n_in]` int64, the group each column belongs to, or -1 for none.
+            n_groups: groups are numbered below it; one without columns costs nothing.
+            cost: with all other weights adapted, or left as they are.
+        """
+
+    @abstractmethod
     def weight_scales(self, cost: Cost) -> Tensor:
         """What the square of each weight is multiplied with to give its cost, `[n_out, n_in (+ 1)]` float64.
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from surgeon.choices import Cost
-from surgeon.curvature.damping import Factorised, damped, factorise
+from surgeon.curvature.damping import Factorised, damped, factorise, triangular_inverse
+from surgeon.curvature.groups import joint_costs, plain_costs, with_bias
 from surgeon.curvature.interface import LinearCurvature
 from surgeon.recipe import Damping
 
@@ -37,7 +38,7 @@ class _Side:
 
     def __init__(self, matrix: Tensor | None, n: int, damping: float, where: str, device: torch.device) -> None:
         self.matrix = matrix
-        self._device = device
+        self.device = device
         self.n = n
         self._asked = damping
         self._where = where
@@ -48,7 +49,7 @@ class _Side:
     def factorised(self) -> Factorised:
         """Damped and factorised, in float64."""
         if self._factorised is None:
-            matrix = torch.eye(self.n, device=self._device) if self.matrix is None else self.matrix
+            matrix = torch.eye(self.n, device=self.device) if self.matrix is None else self.matrix
             self._factorised = factorise(matrix.double(), self._asked, self._where)
             self._damped.clear()  # the damping may have been raised
         return self._factorised
@@ -75,7 +76,7 @@ class _Side:
     def diagonal(self) -> Tensor:
         """Diagonal without damping, `[n]` float64; of ones for the identity."""
         if self.matrix is None:
-            return torch.ones(self.n, dtype=torch.float64, device=self._device)
+            return torch.ones(self.n, dtype=torch.float64, device=self.device)
         return self.matrix.diagonal().double()
 
     def damped_diagonal(self) -> Tensor:
@@ -112,6 +113,7 @@ class KroneckerCurvature(LinearCurvature):
         device: torch.device | None = None,
     ) -> None:
         self.shape = shape
+        self._where = where
         known = next((factor.device for factor in (gradients, activations) if factor is not None), None)
         on = device or known or torch.device("cpu")
         self._rows = _Side(gradients, shape[0], damping.gradients, f"{where}, outputs", on)
@@ -166,6 +168,32 @@ class KroneckerCurvature(LinearCurvature):
         matrix = self._rows.matrix
         energy = ((weight if matrix is None else matrix.double() @ weight) * weight).sum(dim=0)
         return 0.5 * energy * self._columns.scales(cost)
+
+    def group_costs(self, weight: Tensor, owner: Tensor, n_groups: int, cost: Cost) -> Tensor:
+        """See the table of the module; for columns Q together ``½ tr(A_QQ W_Qᵀ G W_Q)``, for OBS ``([Â⁻¹]_QQ)⁻¹``."""
+        weight = weight.double()
+        pulled = self.pulled(weight)
+        owner = with_bias(owner, weight.shape[1])
+        if cost is Cost.OBS:
+            return joint_costs(weight, pulled, self.inverse_activations(), owner, n_groups, self._where)
+        matrix = self._columns.matrix
+        return plain_costs(weight, pulled, None if matrix is None else matrix.double(), owner, n_groups)
+
+    def pulled(self, weight: Tensor) -> Tensor:
+        """``G W`` without damping, float64; ``W`` itself where ``G`` is the identity."""
+        matrix = self._rows.matrix
+        return weight.double() if matrix is None else matrix.double() @ weight.double()
+
+    def damped_pulled(self, weight: Tensor) -> Tensor:
+        """``Ĝ W``, in the dtype of the weight; ``W`` where ``G`` is the identity."""
+        return weight if self._rows.matrix is None else self._rows.damped(weight.dtype) @ weight
+
+    def inverse_activations(self) -> Tensor:
+        """``Â⁻¹``, `[n_in (+ 1), n_in (+ 1)]` float64."""
+        if self._columns.matrix is None:
+            return torch.eye(self.shape[1], dtype=torch.float64, device=self._columns.device)
+        lower = triangular_inverse(self.activations.cholesky)
+        return lower.T @ lower
 
     def weight_scales(self, cost: Cost) -> Tensor:
         """See the table of the module."""

@@ -5,7 +5,7 @@ from surgeon.models.builtin import BUILTIN_NAME
 from surgeon.models.checkpoint import Checkpoint
 from surgeon.models.families import AttentionCoupling, Family, MlpCoupling, QkvLayout, find_family
 from surgeon.models.sharing import shared_inputs
-from surgeon.models.skeleton import build_skeleton, load_into, load_trunk, unload
+from surgeon.models.skeleton import build_skeleton, count_parameters, load_into, load_trunk, unload
 from surgeon.models.sources import resolve_model
 from surgeon.models.weights import WeightFiles
 
@@ -20,6 +20,7 @@ __all__ = [
     "QkvLayout",
     "WeightFiles",
     "build_skeleton",
+    "count_parameters",
     "discover",
     "find_family",
     "load_into",

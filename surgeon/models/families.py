@@ -102,6 +102,7 @@ class Family:
         mlp: Its MLP neurons.
         renamed: Pairs (beginning of a tensor's name in the model, beginning in the files) where released checkpoints
             use another name than the model does.
+        heads_are_free: Whether its configuration can have any number of heads; else the width is that of all heads.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Family:
     attention: AttentionNames
     mlp: MlpCoupling
     renamed: tuple[tuple[str, str], ...] = ()
+    heads_are_free: bool = True
 
 
 def _span(index: int, width: int) -> range:
@@ -125,6 +127,7 @@ FAMILIES = (
         ("opt",),
         AttentionNames("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
         MlpCoupling(("fc1",), "fc2"),
+        heads_are_free=False,
     ),
     Family("Llama", ("llama",), _LLAMA_ATTENTION, _GATED_MLP),
     Family("Mistral", ("mistral",), _LLAMA_ATTENTION, _GATED_MLP),
@@ -137,12 +140,14 @@ FAMILIES = (
         AttentionNames(_FUSED_QKV, _FUSED_QKV, _FUSED_QKV, "attention.dense", QkvLayout.FUSED_PER_HEAD),
         MlpCoupling(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
         renamed=(("lm_head.", "embed_out."),),
+        heads_are_free=False,
     ),
     Family(
         "Phi",
         ("phi",),
         AttentionNames("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense"),
         MlpCoupling(("mlp.fc1",), "mlp.fc2"),
+        heads_are_free=False,
     ),
 )
 

@@ -64,6 +64,13 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, *, attention: str
     return model
 
 
+def count_parameters(skeleton: PreTrainedModel) -> int:
+    """Number of parameters of a skeleton; those that will be tied to others count once."""
+    tied = skeleton.get_expanded_tied_weights_keys(all_submodels=True)
+    named = skeleton.named_parameters(remove_duplicate=False)
+    return sum(parameter.numel() for name, parameter in named if name not in tied)
+
+
 def load_into(
     module: nn.Module,
     prefix: str,

@@ -1,4 +1,4 @@
-"""What is removed as one: whole rows or columns, groups of weights in an N:M pattern, or single weights."""
+"""What is removed as one: coupled units, whole rows or columns, groups in an N:M pattern, or single weights."""
 
 import re
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ Granularity: TypeAlias = Structure | NMPattern
 
 
 def parse_granularity(text: str) -> Granularity:
-    """Reads "rows", "columns", "rows-and-columns", "weights" or "N:M".
+    """Reads "units", "rows", "columns", "rows-and-columns", "weights" or "N:M".
 
     Raises:
         ParameterError: naming what is allowed.
@@ -54,5 +54,5 @@ def parse_granularity(text: str) -> Granularity:
 
 
 def is_structured(granularity: Granularity) -> bool:
-    """Whether whole rows or columns go, rather than weights."""
+    """Whether whole rows, columns or units go, rather than weights."""
     return isinstance(granularity, Structure) and granularity is not Structure.WEIGHTS

@@ -87,7 +87,8 @@ def _by_elimination(
     where: str,
 ) -> tuple[Tensor, float]:
     """The solution in closed form for one Kronecker product."""
-    rows = _eliminate(curvature.gradients, keep_rows, f"{where}, gradients")
+    # Where no row goes the factor of gradients cancels, and need not be factorised.
+    rows = None if keep_rows.all() else _eliminate(curvature.gradients, keep_rows, f"{where}, gradients")
     columns = _eliminate(curvature.activations, keep_columns, f"{where}, activations")
     weight, offset = live.weight, 0.0
     if spec.newton_step and live.loss_gradient is not None:
@@ -97,7 +98,7 @@ def _by_elimination(
         updated, predicted = _exact(weight, rows, columns, curvature)
         return updated, predicted + offset
     updated = _independent(weight, rows, columns)
-    updated[rows.removed] = 0
+    updated[~keep_rows] = 0
     updated[:, columns.removed] = 0
     return updated, curvature.energy(updated - weight)
 
@@ -166,13 +167,15 @@ def _cholesky(matrix: Tensor, damping: float, where: str) -> Tensor:
 
 
 def _exact(
-    weight: Tensor, rows: _Elimination, columns: _Elimination, curvature: KroneckerCurvature
+    weight: Tensor, rows: _Elimination | None, columns: _Elimination, curvature: KroneckerCurvature
 ) -> tuple[Tensor, float]:
     updated = weight.clone()
     gone = weight[:, columns.removed]
-    predicted = 0.5 * ((curvature.gradients.damped @ gone) * (gone @ columns.schur)).sum()
+    predicted = 0.5 * (curvature.damped_pulled(gone) * (gone @ columns.schur)).sum()
     updated[:, columns.kept] += gone @ columns.spread.T
     updated[:, columns.removed] = 0
+    if rows is None:
+        return updated, float(predicted)
     lost = updated[rows.removed]
     predicted += 0.5 * ((lost @ curvature.activations.damped) * (rows.schur @ lost)).sum()
     updated[rows.kept] += rows.spread @ lost
@@ -180,8 +183,9 @@ def _exact(
     return updated, float(predicted)
 
 
-def _independent(weight: Tensor, rows: _Elimination, columns: _Elimination) -> Tensor:
+def _independent(weight: Tensor, rows: _Elimination | None, columns: _Elimination) -> Tensor:
     updated = weight.clone()
     updated[:, columns.kept] += weight[:, columns.removed] @ columns.spread.T
-    updated[rows.kept] += rows.spread @ weight[rows.removed]
+    if rows is not None:
+        updated[rows.kept] += rows.spread @ weight[rows.removed]
     return updated

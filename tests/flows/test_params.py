@@ -46,7 +46,7 @@ class TestFile:
         params = load_params(
             write(
                 "seed: 7\nmodel: {dtype: bfloat16}\ncalibrate: {order: random-offsets}\n"
-                "evaluate: {windows: null}\nprune: {cost: obd, damping: {gradients: 0}}\n"
+                "evaluate: {windows: null}\nprune: {structure: rows, cost: obd, damping: {gradients: 0}}\n"
             )
         )
         assert params.seed == 7
@@ -122,9 +122,12 @@ class TestValues:
             ("prune.sparsity=.nan", "prune.sparsity: got nan; must be"),
             ("prune.shots=null", "prune.shots: got null; must be a valid integer"),
             ("prune.method=wnada", "Did you mean 'wanda'"),
-            ("prune.structure=row", "got 'row'; allowed: rows, .*weights, or N:M such as 2:4. Did you mean 'rows'"),
+            (
+                "prune.structure=row",
+                "got 'row'; allowed: units, rows, .*weights, or N:M such as 2:4. Did you mean 'rows'",
+            ),
             ("prune.structure=4:4", "got '4:4'; N of every M weights of a group go, so N must be at least 1 and below"),
-            ("prune.structure=124", "got 124; must be text: rows, columns, rows-and-columns, weights or N:M"),
+            ("prune.structure=124", "got 124; must be text: units, rows, columns, rows-and-columns, weights or N:M"),
             ("prune.structure=null", "got null; must be text"),
             ("prune.rank=1", "must be greater than or equal to 2"),
             ("prune.power_iterations=0", "must be greater than or equal to 1"),
@@ -145,7 +148,13 @@ class TestValues:
             ("seed=-1", "seed: got -1; must be greater than or equal to 0"),
             ("seed=false", "seed: got false; must be a number"),
             ("prune.cost=osb", "prune.cost: got 'osb'; allowed: obs, obd. Did you mean 'obs'"),
-            ("prune.structure=blocks", "allowed: rows, columns, rows-and-columns"),
+            ("prune.structure=blocks", "allowed: units, rows, columns, rows-and-columns"),
+            ("prune.widths=fre", "Did you mean 'free'"),
+            ("prune.multiple=0", "must be greater than or equal to 1"),
+            ("prune.parameters=100X", "got '100X'; must be a number such as 100M, 1.2B or 90000000"),
+            ("prune.parameters=0", "must be greater than 0"),
+            ("prune.size=big", "prune.size: got 'big'"),
+            ("prune.speedup=1", "must be greater than 1"),
             ("model.dtype=float64", "allowed: float32, bfloat16, float16. Did you mean 'float"),
             ("model.trust_remote_code=1", "got 1; allowed: true, false"),
             ("model.revision=1234567", "model.revision: got 1234567; must be text, so put it in quotes"),
@@ -195,10 +204,12 @@ class TestOverrides:
         assert load_params(write("prune:\n"), ["prune.shots=2"]).prune.shots == 2
 
     def test_section_as_a_whole(self) -> None:
-        assert load_params(None, ["prune.damping={gradients: 1}"]).prune.damping.gradients == 1
+        assert load_params(None, ["prune.structure=rows", "prune.damping={gradients: 1}"]).prune.damping.gradients == 1
 
     def test_scientific_notation(self) -> None:
-        assert load_params(None, ["prune.damping.gradients=1e-3"]).prune.damping.gradients == 0.001
+        assert (
+            load_params(None, ["prune.structure=rows", "prune.damping.gradients=1e-3"]).prune.damping.gradients == 0.001
+        )
 
     @pytest.mark.parametrize(
         ("override", "message"),
@@ -250,12 +261,15 @@ class TestCombinations:
     @pytest.mark.parametrize(
         ("overrides", "message"),
         [
-            (["method=wanda"], "prune: structure: got rows-and-columns, but method wanda removes single weights"),
+            (["method=wanda"], "prune: structure: got units, but method wanda removes single weights"),
             (["structure=2:4", "sparsity=0.6"], "sparsity: got 0.6, but structure: 2:4 removes at most 0.5"),
             (["adapters.rank=4"], "adapters has no effect with correction: none"),
             (["adapters.rank=4", "correction=newton"], "adapters has no effect with correction: newton"),
             (["method=k-obd", "damping=0.1"], "damping.activations: 0.1 has no effect with cost: obd and update: none"),
             (["rank=3"], "rank: 3 has no effect with curvature: kfac"),
+            (["sparsity=0.3", "size=200MB"], "sparsity and size are given, but a model has one target"),
+            (["structure=rows", "parameters=1M"], "parameters has no effect with structure: rows"),
+            (["structure=2:4", "widths=free"], "widths: free has no effect with structure: 2:4"),
         ],
     )
     def test_of_pruning(self, overrides: list[str], message: str) -> None:
@@ -293,10 +307,34 @@ class TestStructure:
 
     @pytest.mark.parametrize(
         ("structure", "sparsity"),
-        [("rows", 0.2), ("columns", 0.2), ("rows-and-columns", 0.2), ("weights", 0.5), ("2:4", 0.5), ("1:4", 0.25)],
+        [
+            ("units", 0.2),
+            ("rows", 0.2),
+            ("columns", 0.2),
+            ("rows-and-columns", 0.2),
+            ("weights", 0.5),
+            ("2:4", 0.5),
+            ("1:4", 0.25),
+        ],
     )
     def test_default_sparsity(self, structure: str, sparsity: float) -> None:
         assert load_params(None, [f"prune.structure={structure}"]).prune.target_sparsity == sparsity
+
+    @pytest.mark.parametrize(
+        ("given", "name", "value"),
+        [
+            ("parameters=100M", "parameters", 10**8),
+            ("parameters=1.25b", "parameters", 1_250_000_000),
+            ("parameters=90000", "parameters", 90_000),
+            ("size=200MB", "size", 200_000_000),
+            ("size=1GiB", "size", 2**30),
+            ("speedup=1.5", "speedup", 1.5),
+        ],
+    )
+    def test_other_targets(self, given: str, name: str, value: float) -> None:
+        prune = load_params(None, [f"prune.{given}"]).prune
+        assert getattr(prune, name) == value
+        assert prune.resolved()[name] == value and prune.resolved()["sparsity"] is None
 
     def test_given_sparsity(self) -> None:
         given = ["prune.structure=2:4", "prune.sparsity=0.5"]
@@ -315,14 +353,14 @@ class TestResolved:
             "method": "llm-surgeon",
             "sparsity": 0.2,
             "shots": 3,
-            "structure": "rows-and-columns",
+            "structure": "units",
+            "widths": "uniform",
+            "multiple": 64,
             "curvature": "kfac",
             "targets": "empirical",
             "cost": "obs",
-            "ranking": "cost-per-weight",
-            "allocation": "global",
             "update": "exact",
-            "damping": {"activations": 0.01, "gradients": 0.1},
+            "damping": {"activations": 0.01, "gradients": None},
             "correction": "none",
             "fresh_calibration": False,
         }
@@ -334,6 +372,9 @@ class TestResolved:
             ["structure=weights", "curvature=kronecker-sum", "targets=sampled", "damping=0", "correction=newton"],
             ["structure=weights", "update=chunked"],
             ["structure=rows", "method=magnitude", "correction=adapters", "adapters.rank=4"],
+            ["widths=free", "parameters=1.5M", "ranking=cost", "allocation=per-layer", "multiple=8"],
+            ["size=200MB", "damping=0.1"],
+            ["speedup=1.5"],
         ],
     )
     def test_can_be_given_again(self, overrides: list[str]) -> None:

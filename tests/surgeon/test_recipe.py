@@ -2,11 +2,32 @@ from typing import Any
 
 import pytest
 
-from surgeon.choices import Allocation, Correction, Cost, Curvature, Method, Ranking, Structure, Targets, UpdateRule
+from surgeon.choices import (
+    Allocation,
+    Correction,
+    Cost,
+    Curvature,
+    Method,
+    Ranking,
+    Structure,
+    Targets,
+    UpdateRule,
+    Widths,
+)
 from surgeon.errors import ParameterError
 from surgeon.pruning.granularity import NMPattern
-from surgeon.recipe import MAX_ITERATIONS, TOLERANCE, WEIGHTS_DAMPING, Damping, Preferences, UpdateSpec, resolve
+from surgeon.recipe import (
+    MAX_ITERATIONS,
+    TOLERANCE,
+    WEIGHTS_DAMPING,
+    Damping,
+    Preferences,
+    UnitSpec,
+    UpdateSpec,
+    resolve,
+)
 
+BOTH = Structure.ROWS_AND_COLUMNS
 WEIGHTS = Structure.WEIGHTS
 PATTERN = NMPattern(2, 4)
 SINGLE = (Curvature.ACTIVATIONS, Curvature.KFAC, Curvature.NEAREST_KRONECKER)
@@ -130,14 +151,17 @@ class TestUpdate:
     def test_one_product_only(self, kind: Curvature) -> None:
         message = f"needs a curvature that is one Kronecker product .*got curvature: {kind}"
         refused(message, granularity=WEIGHTS, curvature=kind, update=UpdateRule.CHUNKED)
-        refused(message, curvature=kind, update=UpdateRule.INDEPENDENT)
+        refused(message, granularity=BOTH, curvature=kind, update=UpdateRule.INDEPENDENT)
 
     def test_granularity_of_published_updates(self) -> None:
-        refused("chunked .* needs structure: weights or N:M; got structure: rows", update=UpdateRule.CHUNKED)
+        refused("chunked .* needs structure: weights or N:M; got structure: units", update=UpdateRule.CHUNKED)
+        refused("chunked .* got structure: rows", granularity=BOTH, update=UpdateRule.CHUNKED)
         for granularity in (WEIGHTS, PATTERN):
             message = f"independent .* got structure: {granularity}"
             refused(message, granularity=granularity, update=UpdateRule.INDEPENDENT)
-        assert resolve(Preferences(update=UpdateRule.INDEPENDENT)).update == UpdateSpec(UpdateRule.INDEPENDENT)
+        given = Preferences(granularity=BOTH, update=UpdateRule.INDEPENDENT)
+        assert resolve(given).update == UpdateSpec(UpdateRule.INDEPENDENT)
+        refused("independent .* paid for by its columns alone", update=UpdateRule.INDEPENDENT)
 
     def test_sequential(self) -> None:
         given: dict[str, Any] = {"granularity": WEIGHTS, "method": Method.SPARSEGPT}
@@ -148,7 +172,7 @@ class TestUpdate:
 
     @pytest.mark.parametrize("rule", [UpdateRule.EXACT, UpdateRule.INDEPENDENT, UpdateRule.NONE])
     def test_width_of_others(self, rule: UpdateRule) -> None:
-        refused(f"max_correlate: 5 has no effect with update: {rule}", update=rule, max_correlate=5)
+        refused(f"max_correlate: 5 has no effect with update: {rule}", granularity=BOTH, update=rule, max_correlate=5)
 
     @pytest.mark.parametrize("kind", UNCORRELATED)
     @pytest.mark.parametrize("granularity", [Structure.ROWS, WEIGHTS, PATTERN], ids=str)
@@ -161,10 +185,17 @@ class TestUpdate:
 
 class TestDamping:
     def test_defaults(self) -> None:
-        assert resolve(Preferences()).damping == Damping(0.01, 0.1)
+        assert resolve(Preferences(granularity=BOTH)).damping == Damping(0.01, 0.1)
         assert resolve(Preferences(granularity=WEIGHTS)).damping == WEIGHTS_DAMPING
-        assert resolve(Preferences(damping_gradients=0.0)).damping == Damping(0.01, 0.0)
-        assert resolve(Preferences(damping_activations=0.0)).damping == Damping(0.0, 0.1)
+        assert resolve(Preferences(granularity=BOTH, damping_gradients=0.0)).damping == Damping(0.01, 0.0)
+        assert resolve(Preferences(granularity=BOTH, damping_activations=0.0)).damping == Damping(0.0, 0.1)
+
+    def test_of_units(self) -> None:
+        """Only the factor of activations is inverted, but for a Newton step or a sum of products."""
+        assert resolve(Preferences()).damping == Damping(0.01, 0.0)
+        refused("damping.gradients: 0.1 has no effect with structure: units .*columns", damping_gradients=0.1)
+        for given in ({"correction": Correction.NEWTON}, {"curvature": Curvature.EKFAC}):
+            assert resolve(Preferences(**given)).damping == Damping(0.01, 0.1)  # type: ignore[arg-type]
 
     def test_without_gradients(self) -> None:
         given: dict[str, Any] = {"granularity": WEIGHTS, "method": Method.SPARSEGPT}
@@ -185,7 +216,8 @@ class TestDamping:
 
     def test_one_of_cost_and_update_is_enough(self) -> None:
         for given in ({"cost": Cost.OBD}, {"update": UpdateRule.NONE}):
-            assert resolve(Preferences(damping_gradients=0.3, **given)).damping.gradients == 0.3  # type: ignore[arg-type]
+            preferences = Preferences(granularity=BOTH, damping_gradients=0.3, **given)  # type: ignore[arg-type]
+            assert resolve(preferences).damping.gradients == 0.3
 
 
 class TestRankingAndAllocation:
@@ -197,8 +229,14 @@ class TestRankingAndAllocation:
 
     @pytest.mark.parametrize("ranking", Ranking)
     def test_structures(self, ranking: Ranking) -> None:
-        assert resolve(Preferences(ranking=ranking)).ranking is ranking
+        assert resolve(Preferences(granularity=BOTH, ranking=ranking)).ranking is ranking
         assert resolve(Preferences()).ranking is Ranking.COST_PER_WEIGHT
+
+    def test_units_of_equal_widths_have_neither(self) -> None:
+        for given in ({"ranking": Ranking.COST}, {"allocation": Allocation.PER_LAYER}):
+            (name,) = given
+            refused(f"{name}: .* has no effect with widths: uniform", **given)
+            assert resolve(Preferences(widths=Widths.FREE, **given))  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("structure", [Structure.ROWS, Structure.COLUMNS, Structure.ROWS_AND_COLUMNS])
     def test_rows_of_structures(self, structure: Structure) -> None:
@@ -220,6 +258,20 @@ class TestRankingAndAllocation:
         refused(message, method=Method.SPARSEGPT, granularity=WEIGHTS, allocation=allocation)
 
 
+class TestUnits:
+    @pytest.mark.parametrize(("widths", "multiple"), [(None, 64), (Widths.UNIFORM, 64), (Widths.FREE, 1)])
+    def test_defaults(self, widths: Widths | None, multiple: int) -> None:
+        assert resolve(Preferences(widths=widths)).units == UnitSpec(widths or Widths.UNIFORM, multiple)
+        assert resolve(Preferences(widths=widths, multiple=8)).units == UnitSpec(widths or Widths.UNIFORM, 8)
+
+    @pytest.mark.parametrize("granularity", [BOTH, WEIGHTS, PATTERN], ids=str)
+    def test_of_others(self, granularity: Any) -> None:
+        assert resolve(Preferences(granularity=granularity)).units is None
+        for given in ({"widths": Widths.FREE}, {"multiple": 8}):
+            (name,) = given
+            refused(f"{name}: .* has no effect with structure: {granularity}", granularity=granularity, **given)
+
+
 class TestCorrection:
     @pytest.mark.parametrize("granularity", [Structure.ROWS, WEIGHTS, PATTERN], ids=str)
     def test_newton(self, granularity: Any) -> None:
@@ -230,7 +282,8 @@ class TestCorrection:
 
     def test_newton_needs_the_exact_update(self) -> None:
         message = "correction: newton needs update: exact; got update: "
-        refused(f"{message}independent", correction=Correction.NEWTON, update=UpdateRule.INDEPENDENT)
+        independent = UpdateRule.INDEPENDENT
+        refused(f"{message}independent", granularity=BOTH, correction=Correction.NEWTON, update=independent)
         refused(f"{message}none", correction=Correction.NEWTON, method=Method.K_OBD)
 
     @pytest.mark.parametrize("correction", [Correction.NONE, Correction.ADAPTERS])

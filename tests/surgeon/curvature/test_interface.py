@@ -1,6 +1,6 @@
 """Every curvature against its dense matrix: products, diagonals, inverses, and what removals cost."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from surgeon.choices import Cost, Curvature
 from surgeon.curvature.diagonalised import DiagonalisedCurvature, KroneckerSumCurvature
 from surgeon.curvature.factors import EigenMoments, KroneckerTerms, LinearFactors
 from surgeon.curvature.interface import LinearCurvature
+from surgeon.curvature.kronecker import KroneckerCurvature
 from surgeon.errors import NumericalError
 from surgeon.pruning.linear import PrunedLinear
 from surgeon.pruning.live import LiveLinear, live_linear
@@ -219,3 +220,29 @@ def test_nothing_is_factorised_that_no_formula_needs(monkeypatch: pytest.MonkeyP
         cost(case.weight, Cost.OBD)
     with pytest.raises(AssertionError, match="factorised"):
         case.curvature.weight_costs(case.weight, Cost.OBS)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@BIAS
+@pytest.mark.parametrize("cost", Cost)
+@pytest.mark.parametrize("kind", KINDS)
+def test_costs_of_groups_of_columns(kind: Curvature, cost: Cost, bias: bool, width: int) -> None:
+    """The last column belongs to no group, and one group has no column."""
+    case = make(kind, bias)
+    if kind is Curvature.DIAGONAL:
+        cost = Cost.OBD  # nothing adapts
+    n_groups = 1 + (N_IN - 1) // width
+    owner = 1 + torch.arange(N_IN) // width
+    owner[-1] = -1
+    owner[owner >= n_groups] = -1
+    found = case.curvature.group_costs(case.weight, owner, n_groups, cost)
+    assert float(found[0]) == 0.0
+    if isinstance(case.curvature, KroneckerCurvature) and kind is not Curvature.IDENTITY:
+        # One Kronecker product keeps gradients undamped: nothing of them is inverted.
+        eye = torch.eye(N_OUT, dtype=torch.float64)
+        gradients = case.curvature.gradients.matrix if case.curvature.has_gradients else eye
+        case = replace(case, damped=torch.kron(gradients, case.curvature.activations.damped))
+    for group in range(1, n_groups):
+        gone = torch.zeros(case.weight.shape, dtype=torch.bool)
+        gone[:, :N_IN] = owner == group
+        assert float(found[group]) == pytest.approx(removal(case, gone, cost), rel=1e-6)

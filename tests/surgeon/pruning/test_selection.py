@@ -137,5 +137,5 @@ def test_granularities_by_name() -> None:
     assert parse_granularity("2:4") == NMPattern(2, 4)
     assert str(parse_granularity("4:8")) == "4:8"
     assert parse_granularity("rows") is Structure.ROWS
-    with pytest.raises(ParameterError, match="structure 'row': allowed: rows, columns"):
+    with pytest.raises(ParameterError, match="structure 'row': allowed: units, rows, columns"):
         parse_granularity("row")
