@@ -13,6 +13,8 @@ A row takes its bias entry with it. Adding a family is adding one entry to `FAMI
 from dataclasses import dataclass
 from enum import StrEnum
 
+from surgeon.models.compact import PREFIX
+
 
 class QkvLayout(StrEnum):
     """How the rows of query, key and value are laid out."""
@@ -100,6 +102,8 @@ class Family:
         model_types: Values of `config.model_type` it covers.
         attention: Names of its attention linears, relative to the block.
         mlp: Its MLP neurons.
+        heads_are_free: Whether stock transformers builds it with heads that do not fill the width, so that a model with
+            fewer key/value groups in every block has a stock configuration.
         renamed: Pairs (beginning of a tensor's name in the model, beginning in the files) where released checkpoints
             use another name than the model does.
     """
@@ -108,6 +112,7 @@ class Family:
     model_types: tuple[str, ...]
     attention: AttentionNames
     mlp: MlpCoupling
+    heads_are_free: bool = True
     renamed: tuple[tuple[str, str], ...] = ()
 
 
@@ -125,6 +130,7 @@ FAMILIES = (
         ("opt",),
         AttentionNames("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
         MlpCoupling(("fc1",), "fc2"),
+        heads_are_free=False,
     ),
     Family("Llama", ("llama",), _LLAMA_ATTENTION, _GATED_MLP),
     Family("Mistral", ("mistral",), _LLAMA_ATTENTION, _GATED_MLP),
@@ -136,6 +142,7 @@ FAMILIES = (
         ("gpt_neox",),
         AttentionNames(_FUSED_QKV, _FUSED_QKV, _FUSED_QKV, "attention.dense", QkvLayout.FUSED_PER_HEAD),
         MlpCoupling(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
+        heads_are_free=False,
         renamed=(("lm_head.", "embed_out."),),
     ),
     Family(
@@ -148,8 +155,9 @@ FAMILIES = (
 
 
 def find_family(model_type: str) -> Family | None:
-    """Returns the family that covers a `config.model_type`, or None."""
-    return next((family for family in FAMILIES if model_type in family.model_types), None)
+    """Returns the family that covers a `config.model_type`, or None; that of the dense model for a compact one."""
+    base = model_type.removeprefix(PREFIX)
+    return next((family for family in FAMILIES if base in family.model_types), None)
 
 
 def family_names() -> str:
