@@ -5,6 +5,7 @@ from typing import Any
 
 from flows.results import provenance
 from flows.session import Session
+from surgeon.export import CARD_FACTS
 
 _ELSEWHERE = ("sparsity",)
 """Settings that are in the tables beside."""
@@ -41,8 +42,7 @@ Pruned with Surgeon {origin["versions"]["surgeon"]} {trained}: {describe_setting
 |---|---|---|---|
 {rows}
 
-The tensors keep their dense shapes: removed rows and columns are exactly zero. The files are not smaller and the model
-is not faster than the dense one.
+{CARD_FACTS}
 
 - Base model: {_inline(session.checkpoint.source)}, revision {_inline(session.checkpoint.revision)}, digest `{session.checkpoint.digest}`.
 - Calibration: {calibration["n_sequences"]} sequences of {calibration["length"]} tokens of {_inline(calibration["source"])}

@@ -133,9 +133,32 @@ for _name, _doc in {
     "model": "Fetch or convert the model, and write down what it is.",
     "calibrate": "Draw calibration sequences and cut evaluation windows.",
     "prune": "Run the shots: curvature, costs, mask, update, evaluation.",
-    "export": "Write the pruned checkpoint to data/export and load it back.",
 }.items():
     app.command(_name)(_stage_command(_name, _doc))
+
+
+@app.command()
+def export(
+    destination: Annotated[
+        Path | None, typer.Argument(help="Directory to write; default: data/export of the project.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace whatever is at the destination.")] = False,
+    override: Override = None,
+    params: ParamsFile = None,
+    project: Root = Path(),
+    quiet: Quiet = False,
+    engine: EngineName = None,
+) -> None:
+    """Write the pruned checkpoint to data/export and load it back.
+
+    What is at the default destination is replaced if it is an export, and nothing but that. With DESTINATION: an export
+    beside the pipeline, which no other stage looks at.
+    """
+    from flows.stages import export_pruned
+
+    with _session(project, params, override, quiet, engine) as session:
+        session.check()
+        export_pruned(session, destination, overwrite=overwrite)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from flows.params_problems import describe, raise_problems
 from flows.params_prune import PruneParams
 from flows.params_section import Integer, Number, Positive, Section, Word
 from flows.params_yaml import apply_override, read_yaml
-from surgeon.choices import Device, Dtype, Keep, SequenceOrder
+from surgeon.choices import Device, Dtype, ExportLayout, Keep, SequenceOrder
 from surgeon.errors import ParameterError, TextError
 from surgeon.text import TextSpec, check_spec
 
@@ -79,6 +79,7 @@ class ExportParams(Section):
     """How the pruned model is written; `dtype` None is that of the model."""
 
     dtype: Dtype | None = None
+    layout: ExportLayout = ExportLayout.AUTO
 
 
 class ReportParams(Section):

@@ -14,9 +14,10 @@ from flows.workspace import Workspace
 from surgeon.choices import Device, Structure
 from surgeon.correction.adapters import AdapterSettings
 from surgeon.curvature.spec import CurvatureSpec, Statistic
-from surgeon.errors import ParameterError
+from surgeon.errors import ModelError, ParameterError
 from surgeon.memory import MemoryEstimate, blocks_that_fit
 from surgeon.models import Checkpoint, build_skeleton, count_parameters, discover, resolve_model
+from surgeon.models.compact_classes import has_index_maps, is_compact
 from surgeon.models.families import family_names
 from surgeon.pruning.granularity import NMPattern
 from surgeon.recipe import Recipe
@@ -173,6 +174,20 @@ class Session:
             _ = self.goal
         self.workspace.store.mkdir(parents=True, exist_ok=True)
         _ = self.context
+
+    def check_prunable(self) -> None:
+        """Refuses a model that can be evaluated but not pruned: an export whose linears need index maps.
+
+        Raises:
+            ModelError: naming the model.
+        """
+        path = self.checkpoint.path
+        if is_compact(path) and has_index_maps(path):
+            raise ModelError(
+                f"{self.checkpoint.source} is a compact export with index maps: its linears read or write only some of "
+                "what the model around them has. It can be evaluated but not pruned again; prune the model it was made "
+                "from, or an export of that with export.layout=dense"
+            )
 
     def check_structure(self) -> None:
         """Refuses units of a model whose couplings are unknown, and N:M where a linear's inputs do not divide.

@@ -5,9 +5,11 @@ there is one; how it went (seconds, tasks) goes to `data/timings/<stage>.json`.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from flows.card import model_card
+from flows.destination import require_destination
 from flows.prune import prune, require_space
 from flows.results import build_results, provenance
 from flows.session import Session
@@ -63,6 +65,7 @@ def evaluate(session: Session) -> None:
 
 def prune_stage(session: Session) -> None:
     """Runs all shots, then writes the manifest and the view."""
+    session.check_prunable()
     require_space(session)
     shots = prune(session)
     references = {
@@ -86,15 +89,45 @@ def prune_stage(session: Session) -> None:
 
 
 def export(session: Session) -> None:
-    """Writes the pruned checkpoint and loads it back."""
+    """Writes the pruned checkpoint to the place of the pipeline and loads it back."""
+    _finish(session, "export", {}, export_to(session, session.workspace.export))
+
+
+def export_pruned(session: Session, destination: Path | None, *, overwrite: bool) -> None:
+    """The command: the stage of the pipeline, or an export to another directory, which leaves the pipeline as it is."""
+    own = session.workspace.export
+    place = own if destination is None else destination.absolute()
+    is_own = place.resolve() == own.resolve()
+    require_destination(place, is_own=destination is None, overwrite=overwrite)
+    if is_own:
+        session.engine.stage("export", lambda: _finish(session, "export", {}, export_to(session, own, overwrite=True)))
+        write_timing(session, "export")
+    else:
+        session.engine.stage("export", lambda: export_to(session, place, overwrite=True))
+
+
+def export_to(session: Session, destination: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Writes the pruned checkpoint and loads it back.
+
+    Args:
+        session: with the parameters of the last prune stage.
+        destination: directory; the pipeline's own is replaced if it holds nothing but an export.
+        overwrite: whether anything at the destination is replaced.
+
+    Returns:
+        Facts of the export.
+    """
+    own = session.workspace.export
+    require_destination(destination, is_own=destination.resolve() == own.resolve(), overwrite=overwrite)
     _require_same_parameters(session)
     pruned = _stage_facts(session, "prune")
     card = model_card(session, _stage_facts(session, "evaluate"), pruned, _stage_facts(session, "calibrate"))
-    dtype = session.params.export.dtype or session.params.model.dtype
-    facts = session.engine.task(
-        export_task, session.context, pruned_state(session), session.workspace.export, str(dtype), card, name="export"
+    settings, state = session.params.export, pruned_state(session)
+    dtype, layout = str(settings.dtype or session.params.model.dtype), str(settings.layout)
+    facts: dict[str, Any] = session.engine.task(
+        export_task, session.context, state, destination, dtype, layout, card, name="export"
     )
-    _finish(session, "export", {}, facts)
+    return facts
 
 
 def report(session: Session) -> None:
@@ -129,6 +162,8 @@ def run_stage(session: Session, name: str) -> None:
 
 def run_all(session: Session) -> dict[str, Any]:
     """Runs all stages as one flow with a sub-flow each; returns the results, as in `data/metrics/run.json`."""
+    require_destination(session.workspace.export, is_own=True, overwrite=False, quick=True)
+    session.check_prunable()
 
     def body() -> None:
         for name in STAGES:

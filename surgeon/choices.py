@@ -146,6 +146,19 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+class ExportLayout(StrEnum):
+    """In which form a pruned model is written."""
+
+    AUTO = "auto"
+    """The smallest that is possible: stock, else compact, else dense."""
+    STOCK = "stock"
+    """A narrower model that stock transformers has a configuration for."""
+    COMPACT = "compact"
+    """Linears of the sizes that are left, with a modelling file beside them."""
+    DENSE = "dense"
+    """The shapes of the dense model, with exact zeros."""
+
+
 class Device(StrEnum):
     """Where the model runs: `auto` takes a CUDA device when there is one."""
 

@@ -7,50 +7,70 @@ from typing import Any
 
 import torch
 
+from surgeon.choices import ExportLayout
 from surgeon.errors import ExportError
-from surgeon.export import ExportPlan, export_checkpoint, is_exported, require_loads_back
+from surgeon.export import (
+    ExportPlan,
+    Probe,
+    PrunedModel,
+    expected_logits,
+    export_checkpoint,
+    is_exported,
+    plan_export,
+    read_record,
+    require_loads_back,
+)
 from tasks.calibration import load_tokenizer
 from tasks.context import Context, ModelState
 from tasks.stage import Outcome
-from tasks.weights import block_tensors, open_model
+from tasks.weights import open_model, read_linears, read_live
 
-EXPORT_VERSION = 1
-_PROBE = "The quick brown fox jumps over the lazy dog. 0123456789"
-_PROBE_TOKENS = 16
+EXPORT_VERSION = 2
+_PROBES = ("The quick brown fox jumps over the lazy dog. 0123456789", "Pack my box with five dozen")
+_PROBE_TOKENS = (16, 11)
 
 
 def export_task(
-    context: Context, state: ModelState, destination: Path, dtype: str, card: str
+    context: Context, state: ModelState, destination: Path, dtype: str, layout: str, card: str
 ) -> Outcome[dict[str, Any]]:
     """Writes the checkpoint of a state, unless it is there already, and checks that it loads back to the same logits.
 
+    Args:
+        context: where.
+        state: the pruned model.
+        destination: directory that is written, or replaced.
+        dtype: of the float tensors.
+        layout: form asked for, one of `ExportLayout`.
+        card: model card with `CARD_FACTS` where the facts of the export go.
+
     Returns:
-        Facts: digest of the weights and dtype.
+        Facts of the export, with the digest of the weights and the dtype.
     """
-    record = {"version": EXPORT_VERSION, "weights_digest": state.digest, "dtype": dtype, "card": card}
-    if is_exported(destination, record):
-        return Outcome({"weights_digest": state.digest, "dtype": dtype}, cached=True, seconds=0.0)
+    record = {
+        "version": EXPORT_VERSION,
+        "weights_digest": state.digest,
+        "dtype": dtype,
+        "asked_layout": layout,
+        "card": card,
+    }
+    identity = {"weights_digest": state.digest, "dtype": dtype}
+    if is_exported(destination, record) and (found := read_record(destination)) is not None:
+        return Outcome({**identity, **found["facts"]}, cached=True, seconds=0.0)
     if not state.updates:
         raise ExportError("nothing has been pruned yet, so there is nothing to export; run the prune stage first")
     start = time.perf_counter()
-    prefix = context.model.blocks_path
-    replaced = {
-        f"{prefix}.{block}.{shape.name}.{part}": block
-        for block, shapes in enumerate(context.model.blocks)
-        for shape in shapes
-        for part in (("weight", "bias") if shape.has_bias else ("weight",))
-    }
-    plan = ExportPlan(context.model.checkpoint, replaced, partial(block_tensors, context, state), dtype, card, record)
-    export_checkpoint(plan, destination, partial(_check, context, state, dtype))
-    return Outcome({"weights_digest": state.digest, "dtype": dtype}, cached=False, seconds=time.perf_counter() - start)
-
-
-def _check(context: Context, state: ModelState, dtype: str, directory: Path) -> None:
     checkpoint = context.model.checkpoint
-    ids = load_tokenizer(checkpoint)(_PROBE, return_tensors="pt")["input_ids"][:, :_PROBE_TOKENS]
-    model = open_model(context, state)
-    with model.loaded(range(model.n_blocks)), torch.no_grad():
-        expected = model.model(ids.to(context.device)).logits
+    pruned = PrunedModel(checkpoint, partial(read_linears, context, state), partial(read_live, context, state))
+    plan = plan_export(pruned, dtype, ExportLayout(layout))
+    exported = export_checkpoint(plan, destination, card, record, partial(_check, context, state, plan))
+    return Outcome({**identity, **exported.facts}, cached=False, seconds=time.perf_counter() - start)
+
+
+def _check(context: Context, state: ModelState, plan: ExportPlan, directory: Path) -> float:
+    tokenizer = load_tokenizer(context.model.checkpoint)
+    encoded = [tokenizer(text)["input_ids"][:n] for text, n in zip(_PROBES, _PROBE_TOKENS, strict=True)]
+    probe = Probe.of(encoded)
+    expected = expected_logits(open_model(context, state), probe)
     # Loaded in the coarser of both dtypes, which also says how far rounding can go.
-    coarser: torch.dtype = context.model.torch_dtype if dtype == "float32" else getattr(torch, dtype)
-    require_loads_back(directory, ids, expected, coarser, checkpoint.trust_remote_code)
+    coarser: torch.dtype = context.model.torch_dtype if plan.dtype is torch.float32 else plan.dtype
+    return require_loads_back(directory, probe, expected, coarser, plan.needs_code)

@@ -63,6 +63,18 @@ def read_linears(context: Context, state: ModelState, block: int) -> dict[str, P
     return result
 
 
+def read_live(context: Context, state: ModelState, block: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Live rows `[n_out]` and columns `[n_in]` of the linears of one block, bool, on the CPU; no weights are read."""
+    shapes = context.model.blocks[block]
+    if not state.updates:
+        whole = [(torch.ones(s.n_out, dtype=torch.bool), torch.ones(s.n_in, dtype=torch.bool)) for s in shapes]
+        return {shape.name: sets for shape, sets in zip(shapes, whole, strict=True)}
+    stored = Store(context.store).open(state.updates[block].key)
+    rows = torch.split(torch.from_numpy(stored.array("live_rows")), [s.n_out for s in shapes])
+    columns = torch.split(torch.from_numpy(stored.array("live_columns")), [s.n_in for s in shapes])
+    return {shape.name: sets for shape, sets in zip(shapes, zip(rows, columns, strict=True), strict=True)}
+
+
 def packed_live(live: Tensor) -> NDArray[np.uint8]:
     """Live weights `[n_out, n_in]` bool as bits, eight to a byte of a row: `[n_out, ceil(n_in / 8)]`."""
     return np.packbits(live.cpu().numpy(), axis=1)

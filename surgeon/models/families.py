@@ -13,6 +13,8 @@ A row takes its bias entry with it. Adding a family is adding one entry to `FAMI
 from dataclasses import dataclass
 from enum import StrEnum
 
+from surgeon.models.compact import PREFIX
+
 
 class QkvLayout(StrEnum):
     """How the rows of query, key and value are laid out."""
@@ -100,17 +102,18 @@ class Family:
         model_types: Values of `config.model_type` it covers.
         attention: Names of its attention linears, relative to the block.
         mlp: Its MLP neurons.
+        heads_are_free: Whether stock transformers builds it with heads that do not fill the width, so that a model with
+            fewer key/value groups in every block has a stock configuration.
         renamed: Pairs (beginning of a tensor's name in the model, beginning in the files) where released checkpoints
             use another name than the model does.
-        heads_are_free: Whether its configuration can have any number of heads; else the width is that of all heads.
     """
 
     name: str
     model_types: tuple[str, ...]
     attention: AttentionNames
     mlp: MlpCoupling
-    renamed: tuple[tuple[str, str], ...] = ()
     heads_are_free: bool = True
+    renamed: tuple[tuple[str, str], ...] = ()
 
 
 def _span(index: int, width: int) -> range:
@@ -139,8 +142,8 @@ FAMILIES = (
         ("gpt_neox",),
         AttentionNames(_FUSED_QKV, _FUSED_QKV, _FUSED_QKV, "attention.dense", QkvLayout.FUSED_PER_HEAD),
         MlpCoupling(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
-        renamed=(("lm_head.", "embed_out."),),
         heads_are_free=False,
+        renamed=(("lm_head.", "embed_out."),),
     ),
     Family(
         "Phi",
@@ -153,8 +156,9 @@ FAMILIES = (
 
 
 def find_family(model_type: str) -> Family | None:
-    """Returns the family that covers a `config.model_type`, or None."""
-    return next((family for family in FAMILIES if model_type in family.model_types), None)
+    """Returns the family that covers a `config.model_type`, or None; that of the dense model for a compact one."""
+    base = model_type.removeprefix(PREFIX)
+    return next((family for family in FAMILIES if base in family.model_types), None)
 
 
 def family_names() -> str:

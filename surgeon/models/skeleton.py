@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from surgeon.errors import ModelError
 from surgeon.models.architecture import Architecture
 from surgeon.models.checkpoint import CONFIG_NAME, Checkpoint
+from surgeon.models.compact_classes import compact_classes, is_compact
 from surgeon.models.quiet import quiet_transformers
 from surgeon.models.weights import WeightFiles
 
@@ -47,13 +48,16 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, *, attention: str
     trust = checkpoint.trust_remote_code
     with REGISTERING, quiet_transformers():
         try:
-            config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust)
-            config.get_text_config(decoder=True).use_cache = False
-            with init_empty_weights(include_buffers=False):
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                    config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust
-                )
-        except (ValueError, KeyError, TypeError, ImportError) as error:
+            if is_compact(checkpoint.path):
+                model = _compact_skeleton(checkpoint, dtype, attention)
+            else:
+                config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust)
+                config.get_text_config(decoder=True).use_cache = False
+                with init_empty_weights(include_buffers=False):
+                    model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                        config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust
+                    )
+        except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             raise ModelError(
                 f"transformers cannot build a causal language model from {checkpoint.path / CONFIG_NAME} "
                 f"({type(error).__name__}: {error}). A newer transformers may know it; if the model brings its own "
@@ -69,6 +73,16 @@ def count_parameters(skeleton: PreTrainedModel) -> int:
     tied = skeleton.get_expanded_tied_weights_keys(all_submodels=True)
     named = skeleton.named_parameters(remove_duplicate=False)
     return sum(parameter.numel() for name, parameter in named if name not in tied)
+
+
+def _compact_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+    """A compact export by the classes of this package: the Python file in its directory is not run."""
+    config_class, model_class = compact_classes(checkpoint.path)
+    config = config_class.from_pretrained(checkpoint.path)
+    config.get_text_config(decoder=True).use_cache = False
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = model_class._from_config(config, dtype=dtype, attn_implementation=attention)
+    return model
 
 
 def load_into(

@@ -1,0 +1,58 @@
+"""Loading an export into memory, by the classes of this package and those of transformers alone."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from surgeon.errors import ExportError
+from surgeon.export.directory import RECORD_NAME, read_record
+from surgeon.models.checkpoint import CONFIG_NAME
+from surgeon.models.compact_classes import compact_classes, is_compact
+from surgeon.models.quiet import quiet_transformers
+from surgeon.store import digest_file
+
+
+def load(
+    directory: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """Loads a model that Surgeon exported, in whichever form; no Python file of the directory is run.
+
+    Args:
+        directory: the export.
+        dtype: of the parameters; None is that of the files.
+        device: where to put it; None is the CPU.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ExportError: the directory is not an export, or its configuration is not as it was written.
+    """
+    path = Path(directory)
+    record = read_record(path)
+    other = (
+        "For another model use transformers: AutoModelForCausalLM.from_pretrained(directory), with "
+        "trust_remote_code=True if you trust the Python files in it"
+    )
+    if record is None:
+        raise ExportError(f"{path} is not an export of Surgeon: it has no readable {RECORD_NAME}. {other}.")
+    expected = record["files"].get(CONFIG_NAME)
+    if not (path / CONFIG_NAME).is_file() or digest_file(path / CONFIG_NAME) != expected:
+        raise ExportError(
+            f"{path / CONFIG_NAME} is not the file that was exported, so it may not describe these weights. Export "
+            f"again, or fetch the directory again. {other}."
+        )
+    with quiet_transformers():
+        if is_compact(path):
+            config_class, model_class = compact_classes(path)
+            config = config_class.from_pretrained(path)
+            model: PreTrainedModel = model_class.from_pretrained(
+                path, config=config, dtype=dtype or "auto", local_files_only=True
+            )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True)
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]
+    model.train(mode=False)
+    return model
