@@ -18,7 +18,7 @@ def describe_machine(device: str = "cpu") -> dict[str, str | int]:
         Name of the processor, number of torch's threads, device (with the name of the GPU) and version of torch.
     """
     named = f"cuda ({torch.cuda.get_device_name()})" if device == "cuda" else device
-    return {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "device": named, "torch": torch.__version__}
+    return {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "device": named, "torch": str(torch.__version__)}
 
 
 def _cpu_name() -> str:

@@ -35,7 +35,7 @@ def load_model(directory: Path, dtype: torch.dtype, device: str, *, trust_remote
             model = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=dtype, local_files_only=True, trust_remote_code=trust_remote_code
             )
-            model.to(torch.device(device))  # type: ignore[arg-type] (transformers wraps it without a type)
+            torch.nn.Module.to(model, device)
     model.train(mode=False)
     model.requires_grad_(False)
     return model
