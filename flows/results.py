@@ -68,6 +68,7 @@ def build_results(
         "windows": facts["evaluate"]["n_windows"],
         "overlap": facts["calibrate"]["overlap"],
         "shots": shots,
+        "benchmark": facts["benchmark"],
         "samples": facts["report"]["samples"],
         "seconds": {**seconds, "total": sum(seconds.values())},
         "elapsed_s": sum(t.get("elapsed_s", 0.0) for t in timings.values()),

@@ -19,8 +19,8 @@ from surgeon.benchmarking.process import WorkerError, WorkerProcess
 from surgeon.benchmarking.sides import Side
 from surgeon.errors import BenchmarkError, InputError
 
-Progress = Callable[[str], None]
-"""Is told what is being measured."""
+Progress = Callable[[int, "BatchFigures | None"], None]
+"""Is told a batch size: with None before it is measured, with its figures after."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,6 @@ class BatchFigures:
     def to_json(self) -> dict[str, Any]:
         """As in `data/metrics/benchmark.json`; the clock readings mean nothing later and are left out."""
         return {
-            "batch_size": self.batch_size,
             "prefill_tokens_per_s": self.prefill.to_json(),
             "decode_tokens_per_s": self.decode.to_json(),
             "peak_memory_gib": self.memory_gib.to_json(),
@@ -141,7 +140,7 @@ class Benchmark:
         """As in `data/metrics/benchmark.json`."""
         return {
             **{name: compared.to_json() for name, compared in self.sizes.items()},
-            "batches": [figures.to_json() for figures in self.batches],
+            "batches": {str(figures.batch_size): figures.to_json() for figures in self.batches},
             "dtype": dict(self.dtypes),
             "last_logits_only": dict(self.last_logits_only),
             "machine": dict(self.machine),
@@ -170,7 +169,7 @@ def benchmark(dense: Side, pruned: Side, settings: BenchmarkSettings, progress: 
         dense: the model to compare with.
         pruned: the other; its name must differ.
         settings: what to measure.
-        progress: is told of each batch size.
+        progress: is told of each batch size before and after.
 
     Returns:
         All figures. If a model could not be run at a batch size, those of the batch sizes before, and `failure`.
@@ -189,12 +188,14 @@ def benchmark(dense: Side, pruned: Side, settings: BenchmarkSettings, progress: 
         failure = None
         for batch_size in settings.batch_sizes:
             if progress is not None:
-                progress(f"batch size {batch_size}")
+                progress(batch_size, None)
             try:
                 batches.append(pair.measure(batch_size))
             except WorkerError as error:
                 failure = _failure(error, batch_size, settings)
                 break
+            if progress is not None:
+                progress(batch_size, batches[-1])
         sizes = {"weight_bytes": Compared.of(dense.weight_bytes, pruned.weight_bytes)}
         for name in ("parameters", "idle_gib", "loaded_gib"):
             sizes[name] = Compared.of(*(loaded[side.name][name] for side in sides))

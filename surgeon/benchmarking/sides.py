@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import safe_open
 
 from surgeon.errors import ModelError
-from surgeon.models.checkpoint import CONFIG_NAME, find_weight_files, read_headers
+from surgeon.models.checkpoint import CONFIG_NAME, find_weight_files
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 _HEADS = ("lm_head.weight", "embed_out.weight")
@@ -37,11 +37,11 @@ class Side:
 
     @property
     def stored_parameters(self) -> int:
-        """Numbers in the weight files, a head that is tied to the embeddings counted once."""
-        shapes = {name: tensor.shape for name, tensor in read_headers(self.directory).items()}
+        """Float numbers in the weight files, a head that is tied to the embeddings counted once."""
+        sizes = {name: size for name, (size, dtype) in self._stored().items() if dtype in _DTYPES}
         if text_config(self.directory).get("tie_word_embeddings"):
-            shapes = {name: shape for name, shape in shapes.items() if name not in _HEADS} or shapes
-        return sum(prod(shape) for shape in shapes.values())
+            sizes = {name: size for name, size in sizes.items() if name not in _HEADS}
+        return sum(sizes.values())
 
     @property
     def stored_dtype(self) -> str:
@@ -50,16 +50,20 @@ class Side:
         Raises:
             ModelError: it is not a float type.
         """
-        largest, found = -1, ""
+        _, found = max(self._stored().values())
+        if found not in _DTYPES:
+            raise ModelError(f"{self.directory} stores its weights as {found}; known are {', '.join(_DTYPES)}")
+        return _DTYPES[found]
+
+    def _stored(self) -> dict[str, tuple[int, str]]:
+        """Name of each stored tensor → its numbers, and its dtype as the files call it."""
+        found: dict[str, tuple[int, str]] = {}
         for file in find_weight_files(self.directory):
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (not a dict: it cannot be iterated over)
                     part = opened.get_slice(name)
-                    if (size := prod(part.get_shape())) > largest:
-                        largest, found = size, str(part.get_dtype())
-        if found not in _DTYPES:
-            raise ModelError(f"{self.directory} stores its weights as {found}; known are {', '.join(_DTYPES)}")
-        return _DTYPES[found]
+                    found[name] = (prod(part.get_shape()), str(part.get_dtype()))
+        return found
 
     def dtype(self, wanted: str | None) -> str:
         """The dtype to load with: the wanted one, or as it is stored."""

@@ -18,18 +18,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import surgeon
 from surgeon.benchmarking.timing import Shape, keeps_last_logits, random_tokens, time_once
-from surgeon.export import RECORD_NAME
 from surgeon.models.quiet import quiet_transformers
 from surgeon.peak import peak_gib, reset_peak
 
 _GIB = 2**30
+_EXPORT_RECORD = "surgeon.json"
 
 
 def load_model(directory: Path, dtype: torch.dtype, device: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Loads a checkpoint: an export of Surgeon in its own way, anything else with stock transformers."""
     own: Callable[..., PreTrainedModel] | None = getattr(surgeon, "load", None)
     with quiet_transformers():
-        if own is not None and (directory / RECORD_NAME).is_file():
+        if own is not None and (directory / _EXPORT_RECORD).is_file():
             model = own(directory, dtype=dtype, device=device)
         else:
             model = AutoModelForCausalLM.from_pretrained(

@@ -28,7 +28,7 @@ def sides(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(sides):
     said = []
-    result = benchmark(*sides, SETTINGS, said.append)
+    result = benchmark(*sides, SETTINGS, lambda size, figures: said.append((size, figures)))
     return result, said
 
 
@@ -46,7 +46,7 @@ def test_bytes_and_parameters_are_exact(sides, found):
 
 def test_the_models_take_turns_and_each_begins_in_turn(found):
     result, said = found
-    assert said == ["batch size 1", "batch size 3"]
+    assert said == [(1, None), (1, result.batches[0]), (3, None), (3, result.batches[1])]
     assert [figures.batch_size for figures in result.batches] == [1, 3]
     for figures in result.batches:
         assert figures.order == ("dense", "pruned", "pruned", "dense", "dense", "pruned")
@@ -88,7 +88,7 @@ def test_json_has_what_was_found(found):
     result, _ = found
     plain = result.to_json()
     assert plain["weight_bytes"]["dense"] == result.sizes["weight_bytes"].dense
-    assert plain["batches"][1]["decode_tokens_per_s"]["ratio_min"] == result.batches[1].decode.spread[0]
+    assert plain["batches"]["3"]["decode_tokens_per_s"]["ratio_min"] == result.batches[1].decode.spread[0]
     assert plain["dtype"] == {"dense": "float32", "pruned": "float32"}
     assert plain["last_logits_only"] == {"dense": True, "pruned": True}
     assert plain["failure"] is None
