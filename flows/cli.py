@@ -115,7 +115,7 @@ def run(
     as_json: AsJson = False,
     engine: EngineName = None,
 ) -> None:
-    """Do the whole job: model, calibration, dense evaluation, shots, export, report.
+    """Do the whole job: model, calibration, dense evaluation, shots, export, benchmark, report.
 
     Ends with a table, data/metrics/run.json and a checkpoint in data/export that transformers loads.
     """
@@ -189,6 +189,60 @@ def evaluate(
             facts = read_json(session.workspace.stage_file("evaluate"))["facts"]
     if as_json or not quiet:
         _show(facts, as_json, render_evaluation)
+
+
+@app.command()
+def benchmark(
+    model: Annotated[
+        str | None, typer.Argument(help="Model to measure; default: data/export, the pruned model of the last run.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="DENSE", help="Model to compare with; default: model.source.")
+    ] = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option("--batch-size", min=1, help="Sequences at a time; repeat for several.")
+    ] = None,
+    prompt: Annotated[int | None, typer.Option("--prompt", min=1, help="Tokens of each prompt.")] = None,
+    new_tokens: Annotated[int | None, typer.Option("--new-tokens", min=1, help="Tokens one by one.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", min=0, help="Measurements of each; 0 compares sizes only.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Load both models in it; default: as stored.")] = None,
+    if_changed: Annotated[
+        bool, typer.Option("--if-changed", help="Keep the last figures of the same export, settings and machine.")
+    ] = False,
+    override: Override = None,
+    params: ParamsFile = None,
+    project: Root = Path(),
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    engine: EngineName = None,
+) -> None:
+    """Measure size, memory and speed of the exported model beside the dense one.
+
+    Without MODEL and DENSE: the stage of the pipeline. Otherwise any two models, and nothing is written down.
+    """
+    from flows.benchmark import last_benchmark, measure_models, raise_failure
+    from flows.render_benchmark import render_benchmark
+    from flows.stages import benchmark_again, run_stage
+
+    if if_changed and (model or against):
+        raise InputError("--if-changed has no effect with MODEL or --against: what they name is always measured")
+    options = {
+        "batch_sizes": batch_size or None,
+        **{"prompt": prompt, "new_tokens": new_tokens, "rounds": rounds, "dtype": dtype},
+    }
+    given = [*(override or []), *(f"benchmark.{name}={value}" for name, value in options.items() if value is not None)]
+    with _session(project, params, given, quiet or as_json, engine) as session:
+        if model or against:
+            figures = measure_models(session, model, against)
+        else:
+            session.check()
+            run_stage(session, "benchmark") if if_changed else benchmark_again(session)
+            figures = (last_benchmark(session) or {})["figures"]
+    if as_json or not quiet:
+        _show(figures, as_json, render_benchmark)
+    raise_failure(figures)
 
 
 @app.command()

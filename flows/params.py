@@ -82,6 +82,22 @@ class ExportParams(Section):
     layout: ExportLayout = ExportLayout.AUTO
 
 
+class BenchmarkParams(Section):
+    """How the dense and the exported model are measured side by side; `rounds` 0 compares their sizes only."""
+
+    batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 8, 32)
+    prompt: Positive = 64
+    new_tokens: Positive = 16
+    rounds: Annotated[Integer, Field(ge=0)] = 3
+    dtype: Dtype | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.batch_sizes)) < len(self.batch_sizes):
+            raise PydanticCustomError("twice", "batch_sizes has a number twice; give each batch size once")
+        return self
+
+
 class ReportParams(Section):
     """What the report shows."""
 
@@ -120,6 +136,7 @@ class Params(Section):
     evaluate: EvaluateParams = EvaluateParams()
     prune: PruneParams = PruneParams()
     export: ExportParams = ExportParams()
+    benchmark: BenchmarkParams = BenchmarkParams()
     report: ReportParams = ReportParams()
     run: RunParams = RunParams()
 

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from flows.compare_spec import DENSE, percent
 from flows.comparison import USAGE_TITLES, Cell, Comparison, show_perplexity
+from flows.render_benchmark import benchmark_lines, benchmark_rows
 
 _PLAIN_WIDTH = 160
 """Columns where the output is not a terminal, so that tables in files and pipes are not squeezed."""
@@ -23,13 +24,22 @@ def render_results(results: dict[str, Any], console: Console) -> None:
     """The table a run ends with."""
     dense, pruned = results["dense"], results["pruned"]
     table = Table(title=f"{results['provenance']['model']['source']}: dense and pruned", title_justify="left")
-    for name in ("", "dense", "pruned"):
+    for name in ("", "dense", "pruned", "ratio"):
         table.add_column(name, justify="left" if not name else "right")
     windows = f"{results['windows']} windows of {results['window_length']} tokens"
-    table.add_row(f"perplexity ({windows})", f"{dense['perplexity']:.2f}", f"{pruned['perplexity']:.2f}")
-    table.add_row("non-zero parameters", f"{dense['nonzero']:,}", f"{pruned['nonzero']:,}")
-    table.add_row("non-zero decoder weights", f"{dense['linear_nonzero']:,}", f"{pruned['linear_nonzero']:,}")
+    for name, key, form in (
+        (f"perplexity ({windows})", "perplexity", ".2f"),
+        ("non-zero parameters", "nonzero", ",d"),
+        ("non-zero decoder weights", "linear_nonzero", ",d"),
+    ):
+        ratio = f"{pruned[key] / dense[key]:.2f}"
+        table.add_row(name, format(dense[key], form), format(pruned[key], form), ratio)
+    figures = results["benchmark"]
+    for row in benchmark_rows(figures) if figures else ():
+        table.add_row(*row)
     console.print(table)
+    for line in benchmark_lines(figures) if figures else ():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(_shot_table(results["shots"]))
     for line in _convergence_lines(results["shots"]):
         console.print(line, highlight=False)

@@ -69,6 +69,7 @@ def build_results(
         "overlap": facts["calibrate"]["overlap"],
         "shots": shots,
         "export": facts["export"],
+        "benchmark": facts["benchmark"],
         "samples": facts["report"]["samples"],
         "seconds": {**seconds, "total": sum(seconds.values())},
         "elapsed_s": sum(t.get("elapsed_s", 0.0) for t in timings.values()),

@@ -110,18 +110,30 @@ class Session:
             heads_are_free=architecture.family is not None and architecture.family.heads_are_free,
         )
 
+    @property
+    def device(self) -> str:
+        """Kind of device that models run on, "cpu" or "cuda".
+
+        Raises:
+            ParameterError: a GPU was asked for and there is none.
+        """
+        wanted = self.params.run.device
+        if wanted is Device.CUDA and not torch.cuda.is_available():
+            raise ParameterError("run.device: cuda was asked for, but this torch sees no GPU; use cpu or auto")
+        if wanted is Device.AUTO:
+            return (Device.CUDA if torch.cuda.is_available() else Device.CPU).value
+        return wanted.value
+
     @cached_property
     def context(self) -> Context:
         """Store, model and execution settings for tasks."""
         run = self.params.run
-        if run.device is Device.CUDA and not torch.cuda.is_available():
-            raise ParameterError("run.device: cuda was asked for, but this torch sees no GPU; use cpu or auto")
-        device = Device.CUDA if run.device is Device.AUTO and torch.cuda.is_available() else run.device
+        device = self.device
         Store(self.workspace.store).clear_stale_tmp()
         return Context(
             store=self.workspace.store,
             model=self.model,
-            device=(Device.CPU if device is Device.AUTO else device).value,
+            device=device,
             batch_size=run.batch_size,
             blocks_per_group=run.blocks_per_group or self._blocks_per_group(),
         )

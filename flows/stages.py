@@ -1,4 +1,6 @@
-"""The stages of the pipeline as flows: model → calibrate → evaluate → prune → export → report, and `run` for all.
+"""The stages of the pipeline as flows, and `run` for all.
+
+model → calibrate → evaluate → prune → export → benchmark → report.
 
 Each stage writes `data/stages/<stage>.json`, which depends on its inputs alone, so that DVC sees a change only where
 there is one; how it went (seconds, tasks) goes to `data/timings/<stage>.json`.
@@ -8,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flows.benchmark import current_benchmark, measure_export
 from flows.card import model_card
 from flows.destination import require_destination
 from flows.prune import prune, require_space
@@ -24,7 +27,7 @@ from tasks.context import ModelState, StoredBlock
 from tasks.evaluation import evaluation_task, sample_task
 from tasks.export import export_task
 
-STAGES = ("model", "calibrate", "evaluate", "prune", "export", "report")
+STAGES = ("model", "calibrate", "evaluate", "prune", "export", "benchmark", "report")
 
 
 def model(session: Session) -> None:
@@ -130,6 +133,20 @@ def export_to(session: Session, destination: Path, *, overwrite: bool = False) -
     return facts
 
 
+def benchmark(session: Session, *, if_changed: bool = True) -> None:
+    """Measures the export beside the dense model, or takes the figures of the same on the same machine."""
+    _require_same_parameters(session)
+    facts = measure_export(session, if_changed=if_changed)
+    _finish(session, "benchmark", {}, facts)
+    write_json(session.workspace.benchmark, facts["figures"])
+
+
+def benchmark_again(session: Session) -> None:
+    """The stage as a flow, measured whatever is known."""
+    session.engine.stage("benchmark", lambda: benchmark(session, if_changed=False))
+    write_timing(session, "benchmark")
+
+
 def report(session: Session) -> None:
     """Continues the prompt with both models and writes `data/metrics/run.json`."""
     _require_same_parameters(session)
@@ -150,6 +167,7 @@ _BODIES: dict[str, Callable[[Session], None]] = {
     "evaluate": evaluate,
     "prune": prune_stage,
     "export": export,
+    "benchmark": benchmark,
     "report": report,
 }
 
@@ -178,7 +196,8 @@ def run_all(session: Session) -> dict[str, Any]:
 
 def write_results(session: Session) -> dict[str, Any]:
     """Puts the stages' facts and timings together into `data/metrics/run.json`."""
-    facts = {name: _stage_facts(session, name) for name in STAGES if name != "model"}
+    facts = {name: _stage_facts(session, name) for name in STAGES if name not in ("model", "benchmark")}
+    facts["benchmark"] = current_benchmark(session)
     timings = {name: read_json(session.workspace.timing_file(name)) or {} for name in STAGES}
     references = {
         name: Reference.from_json(value) for name, value in (read_json(session.workspace.manifest) or {}).items()

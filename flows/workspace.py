@@ -60,6 +60,11 @@ class Workspace:
         return self.data / "metrics" / "run.json"
 
     @property
+    def benchmark(self) -> Path:
+        """Speed and memory of the dense and the exported model."""
+        return self.data / "metrics" / "benchmark.json"
+
+    @property
     def comparison(self) -> Path:
         """Tables and plots of `surgeon compare`."""
         return self.data / "compare"

@@ -41,6 +41,10 @@ class NondeterminismError(SurgeonError):
     """The same key was computed twice with different results."""
 
 
+class BenchmarkError(SurgeonError):
+    """A model could not be measured: its process died, or had not enough memory."""
+
+
 class NonFiniteError(SurgeonError):
     """A NaN or an infinity appeared; the message names block, linear and sequence."""
 

@@ -114,6 +114,7 @@ def small_inputs(folder: Path, n_blocks: int = 2) -> dict[str, Any]:
         "model": {"source": str(folder / "model")},
         "calibrate": {"text": {"source": str(folder / "calibration.txt")}, "sequences": 6, "length": 32},
         "evaluate": {"text": {"source": str(folder / "evaluation.txt")}, "windows": 4, "length": 32},
+        "benchmark": {"rounds": 0},
         "report": {"new_tokens": 4},
         "run": {"engine": "inline", "batch_size": 3, "blocks_per_group": n_blocks, "keep": "all"},
     }

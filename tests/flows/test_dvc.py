@@ -13,7 +13,7 @@ import yaml
 
 from tests.flows.project import ROOT, Project, environment
 
-STAGES = ("model", "calibrate", "evaluate", "prune", "export", "report")
+STAGES = ("model", "calibrate", "evaluate", "prune", "export", "benchmark", "report")
 
 
 class Repository(Project):
@@ -115,6 +115,7 @@ def test_no_second_copy_on_disk(repository: Repository) -> None:
         ("calibrate", "sequences", 5, {"calibrate"}),
         ("prune", "ranking", "cost", {"prune", "export"}),
         ("export", "dtype", "bfloat16", {"export"}),
+        ("benchmark", "prompt", 5, {"benchmark"}),
         ("report", "prompt", "Hello", {"report"}),
         ("run", "batch_size", 2, {"evaluate", "prune"}),
         ("run", "blocks_per_group", 1, set()),
@@ -136,9 +137,9 @@ def test_repro_does_nothing_then_only_what_changed(repository: Repository) -> No
     assert repository.repro() == set()
     first = repository.results()
     executed = first["tasks"]["executed"]
-    assert executed == 3 + 9 + 3
+    assert executed == 3 + 9 + 4
     repository.change("prune", "damping", {"activations": 0.05, "gradients": 0.05})
-    assert repository.repro() == {"prune", "export", "report"}
+    assert repository.repro() == {"prune", "export", "benchmark", "report"}
     assert repository.executed()["prune"] == {"costs", "mask", "update", "evaluation"}
     assert repository.results()["weights_digest"] != first["weights_digest"]
     changes = json.loads(repository.command("dvc", "metrics", "diff", "--json"))["data/metrics/run.json"]

@@ -118,5 +118,16 @@ def test_generate_with_a_directory(again: Project) -> None:
 
 def test_what_there_is(finished: Project) -> None:
     done = finished.surgeon("--help").ok()
-    for command in ("run", "model", "calibrate", "evaluate", "prune", "export", "report", "status", "inspect"):
+    for command in (
+        "run",
+        "model",
+        "calibrate",
+        "evaluate",
+        "prune",
+        "export",
+        "benchmark",
+        "report",
+        "status",
+        "inspect",
+    ):
         assert f" {command} " in done.stdout

@@ -13,6 +13,7 @@ PARAMS = {
     "calibrate": {"sequences": 4, "length": 64},
     "evaluate": {"windows": 4, "length": 64},
     "prune": {"sparsity": 0.05, "shots": 1},
+    "benchmark": {"batch_sizes": [2], "prompt": 8, "new_tokens": 2, "rounds": 1},
     "report": {"new_tokens": 4},
     "run": {"engine": "inline", "keep": "none"},
 }

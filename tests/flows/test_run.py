@@ -30,7 +30,7 @@ def test_stdout_is_json_alone_and_is_what_was_written(finished_with_output: tupl
 
 
 def test_files(finished: Project) -> None:
-    stages = {f"{name}.json" for name in ("model", "calibrate", "evaluate", "prune", "export", "report")}
+    stages = {f"{name}.json" for name in ("model", "calibrate", "evaluate", "prune", "export", "benchmark", "report")}
     assert {path.name for path in (finished.data / "stages").iterdir()} == stages
     assert {path.name for path in (finished.data / "timings").iterdir()} == stages
     assert {path.name for path in finished.data.iterdir()} == {
@@ -43,7 +43,7 @@ def test_keys_of_the_results(finished: Project) -> None:
     results = finished.results()
     assert set(results) == {
         *("dense", "pruned", "window_length", "windows", "overlap", "shots", "samples", "seconds", "elapsed_s"),
-        *("peak_memory_gib", "tasks", "weights_digest", "provenance"),
+        *("peak_memory_gib", "tasks", "weights_digest", "provenance", "benchmark"),
     }
     assert set(results["dense"]) == SIZES
     assert set(results["pruned"]) == {*SIZES, "sparsity"}
@@ -74,8 +74,9 @@ def test_numbers_belong_together(finished: Project) -> None:
     seconds = results["seconds"]
     assert seconds["total"] == pytest.approx(sum(value for kind, value in seconds.items() if kind != "total"))
     assert 0 < results["peak_memory_gib"] < 8
-    # Sequences, windows, dense evaluation; shots of curvature, 3 costs, mask, 3 updates, evaluation; export, 2 samples.
-    assert results["tasks"]["executed"] == 3 + 3 * 9 + 3
+    # Sequences, windows, dense evaluation; shots of curvature, 3 costs, mask, 3 updates, evaluation; export,
+    # benchmark, 2 samples.
+    assert results["tasks"]["executed"] == 3 + 3 * 9 + 4
 
 
 def test_sparsity_is_met_to_within_one_structure(finished: Project) -> None:
@@ -137,14 +138,14 @@ def test_second_run_executes_nothing(again: Project) -> None:
 
 def test_a_run_by_stages_is_the_same_run(params: dict[str, Any], finished: Project, tmp_path: Path) -> None:
     project = Project(tmp_path / "stages", params)
-    for stage in ("model", "calibrate", "evaluate", "prune", "export"):
+    for stage in ("model", "calibrate", "evaluate", "prune", "export", "benchmark"):
         done = project.surgeon(stage, "--quiet").ok()
         assert (done.stdout, done.stderr) == ("", "")
-    assert not (project.data / "metrics").exists()
+    assert not (project.data / "metrics" / "run.json").exists()
     output = project.surgeon("report", "--json").ok()
     assert json.loads(output.stdout)["weights_digest"] == finished.results()["weights_digest"]
     assert project.contents() == finished.contents()
-    for stage in ("model", "calibrate", "evaluate", "prune", "export", "report"):
+    for stage in ("model", "calibrate", "evaluate", "prune", "export", "benchmark", "report"):
         assert project.read(f"stages/{stage}.json") == finished.read(f"stages/{stage}.json")
 
 
