@@ -16,14 +16,14 @@ from surgeon.correction.adapters import AdapterSettings
 from surgeon.curvature.spec import CurvatureSpec, Statistic
 from surgeon.errors import ModelError, ParameterError
 from surgeon.memory import MemoryEstimate, blocks_that_fit
-from surgeon.models import Checkpoint, build_skeleton, count_parameters, discover, resolve_model
+from surgeon.models import Checkpoint, resolve_model
 from surgeon.models.compact_classes import has_index_maps, is_compact
 from surgeon.models.families import family_names
 from surgeon.pruning.granularity import NMPattern
 from surgeon.recipe import Recipe
 from surgeon.store import Reference, Store
 from tasks.calibration import SequenceSpec, WindowSpec, require_length, require_separate, sequences_task, windows_task
-from tasks.context import Context, LinearShape, ModelSpec, ModelState
+from tasks.context import Context, ModelSpec, ModelState, describe_model
 
 MEMORY_SHARE = 0.6
 """Part of the available memory a run takes when run.memory_gib is not given."""
@@ -87,28 +87,7 @@ class Session:
     @cached_property
     def model(self) -> ModelSpec:
         """Layout of the model, from its configuration; no weights are read."""
-        skeleton = build_skeleton(self.checkpoint, getattr(torch, self.params.model.dtype))
-        architecture = discover(skeleton)
-        blocks = []
-        for index in range(architecture.n_blocks):
-            shapes = []
-            for name in architecture.linear_names(index):
-                linear = architecture.linear(skeleton, index, name)
-                shapes.append(LinearShape(name, linear.out_features, linear.in_features, linear.bias is not None))
-            blocks.append(tuple(shapes))
-        config = skeleton.config.get_text_config()
-        return ModelSpec(
-            checkpoint=self.checkpoint,
-            dtype=self.params.model.dtype,
-            blocks_path=architecture.blocks_path,
-            blocks=tuple(blocks),
-            width=config.hidden_size,
-            n_vocabulary=config.vocab_size,
-            max_length=getattr(config, "max_position_embeddings", None),
-            n_parameters=count_parameters(skeleton),
-            couplings=architecture.couplings,
-            heads_are_free=architecture.family is not None and architecture.family.heads_are_free,
-        )
+        return describe_model(self.checkpoint, self.params.model.dtype)
 
     @property
     def device(self) -> str:

@@ -232,7 +232,7 @@ def dense_evaluation(session: Session) -> Reference:
 
 
 def _shot_facts(shot: Shot) -> dict[str, Any]:
-    names = ("threshold", "n_removed", "predicted_cost", "sparsity", "convergence")
+    names = ("threshold", "n_removed", "kept", "predicted_cost", "sparsity", "convergence")
     return {
         "shot": shot.number,
         "target": shot.target,

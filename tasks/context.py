@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from surgeon.curvature.spec import CurvatureSpec, Statistic
-from surgeon.models import BlockCouplings, Checkpoint
+from surgeon.models import BlockCouplings, Checkpoint, build_skeleton, count_parameters, discover
 from surgeon.passes.groups import block_groups
 from surgeon.store import Reference
 
@@ -88,6 +88,37 @@ class ModelSpec:
         """The dtype as torch knows it."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
+
+
+def describe_model(checkpoint: Checkpoint, dtype: str) -> ModelSpec:
+    """The layout of a model, from its configuration; no weights are read.
+
+    Args:
+        checkpoint: local.
+        dtype: of weights and passes, by its name in torch.
+
+    Raises:
+        ModelError: it cannot be built, or no blocks are found in it.
+    """
+    skeleton = build_skeleton(checkpoint, getattr(torch, dtype))
+    architecture = discover(skeleton)
+    blocks = []
+    for index in range(architecture.n_blocks):
+        linears = [(name, architecture.linear(skeleton, index, name)) for name in architecture.linear_names(index)]
+        blocks.append(tuple(LinearShape(n, li.out_features, li.in_features, li.bias is not None) for n, li in linears))
+    config = skeleton.config.get_text_config()
+    return ModelSpec(
+        checkpoint=checkpoint,
+        dtype=dtype,
+        blocks_path=architecture.blocks_path,
+        blocks=tuple(blocks),
+        width=config.hidden_size,
+        n_vocabulary=config.vocab_size,
+        max_length=getattr(config, "max_position_embeddings", None),
+        n_parameters=count_parameters(skeleton),
+        couplings=architecture.couplings,
+        heads_are_free=architecture.family is not None and architecture.family.heads_are_free,
+    )
 
 
 @dataclass(frozen=True)

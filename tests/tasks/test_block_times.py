@@ -6,14 +6,13 @@ from tiny import make_tiny
 
 from surgeon.models import resolve_model
 from tasks.block_times import block_times_task, read_block_times
-from tasks.context import Context, ModelSpec
+from tasks.context import Context, describe_model
 
 
 @pytest.fixture
 def context(tmp_path):
     checkpoint = resolve_model(str(make_tiny("llama", tmp_path / "model")), tmp_path / "models")
-    model = ModelSpec(checkpoint, "float32", "model.layers", (), 32, 272, 128)
-    return Context(tmp_path / "store", model, "cpu", batch_size=2, blocks_per_group=3)
+    return Context(tmp_path / "store", describe_model(checkpoint, "float32"), "cpu", batch_size=2, blocks_per_group=3)
 
 
 def test_second_call_reads(context, one_thread, monkeypatch):

@@ -8,10 +8,10 @@ import torch
 from tiny import make_tiny
 
 from surgeon.correction.adapters import AdapterSettings
-from surgeon.models import build_skeleton, discover, resolve_model
+from surgeon.models import resolve_model
 from surgeon.passes.evaluation import evaluate_perplexity
 from surgeon.store import Store
-from tasks.context import Context, LinearShape, ModelSpec, ModelState
+from tasks.context import Context, ModelState, describe_model
 from tasks.correction import correction_requests, correction_task
 from tasks.evaluation import evaluation_task
 from tasks.stage import Product, Request, Stage, commit, read_arrays
@@ -33,17 +33,7 @@ def specs(tmp_path_factory):
 
 def model_spec(folder, family):
     checkpoint = resolve_model(str(make_tiny(family, folder / family)), folder / "cache")
-    skeleton = build_skeleton(checkpoint, torch.float32)
-    found = discover(skeleton)
-    blocks = tuple(
-        tuple(
-            LinearShape(name, linear.out_features, linear.in_features, linear.bias is not None)
-            for name in found.linear_names(index)
-            for linear in [found.linear(skeleton, index, name)]
-        )
-        for index in range(found.n_blocks)
-    )
-    return ModelSpec(checkpoint, "float32", found.blocks_path, blocks, 32, 272, 128)
+    return describe_model(checkpoint, "float32")
 
 
 @pytest.fixture(params=[("opt", False), ("opt", True), ("llama-gqa-tied", True)], ids=str)
