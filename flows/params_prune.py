@@ -115,6 +115,7 @@ class PruneParams(Section):
     structure: _Granularity = Structure.UNITS
     widths: Widths | None = None
     multiple: Positive | None = None
+    rescorings: Annotated[Integer, Field(ge=0)] | None = None
     curvature: Curvature | None = None
     rank: Annotated[Integer, Field(ge=2)] | None = None
     power_iterations: Positive | None = None
@@ -222,6 +223,7 @@ class PruneParams(Section):
             "structure": str(recipe.granularity),
             "widths": recipe.units.widths.value if recipe.units else None,
             "multiple": recipe.units.multiple if recipe.units else None,
+            "rescorings": self._rescorings(),
             "curvature": curvature.kind.value,
             "rank": curvature.rank if curvature.kind is Curvature.KRONECKER_SUM else None,
             "power_iterations": curvature.iterations or None,
@@ -244,12 +246,18 @@ class PruneParams(Section):
             "fresh_calibration": self.fresh_calibration,
         }
 
+    def _rescorings(self) -> int | None:
+        """How often costs of units are taken again; None where that has no meaning."""
+        units = self._recipe.units
+        return units.rescorings if units and (units.rescorings or self.rescorings == 0) else None
+
     def _preferences(self) -> Preferences:
         return Preferences(
             method=self.method,
             granularity=self.structure,
             widths=self.widths,
             multiple=self.multiple,
+            rescorings=self.rescorings,
             curvature=self.curvature,
             rank=self.rank,
             power_iterations=self.power_iterations,

@@ -27,6 +27,7 @@ class Preferences:
         granularity: what goes as one.
         widths: of units, equal in all blocks or free.
         multiple: what a number of MLP neurons is rounded to, at least 1.
+        rescorings: how often costs of units are taken again as units go, at least 0.
         curvature: the approximation.
         rank: Kronecker products of `kronecker-sum`, at least 2.
         power_iterations: passes of the power iteration of `nearest-kronecker` and `kronecker-sum`, at least 1.
@@ -49,6 +50,7 @@ class Preferences:
     granularity: Granularity = Structure.UNITS
     widths: Widths | None = None
     multiple: int | None = None
+    rescorings: int | None = None
     curvature: Curvature | None = None
     rank: int | None = None
     power_iterations: int | None = None
@@ -69,6 +71,7 @@ class Preferences:
     def __post_init__(self) -> None:
         for name, least in (("rank", 2), ("multiple", 1), ("power_iterations", 1), ("draws", 1), ("max_iterations", 1)):
             _require_least(name, getattr(self, name), least)
+        _require_least("rescorings", self.rescorings, 0)
         _require_least("max_correlate", self.max_correlate, 1)
         _require_least("damping.activations", self.damping_activations, 0)
         _require_least("damping.gradients", self.damping_gradients, 0)

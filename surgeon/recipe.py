@@ -59,10 +59,12 @@ class UnitSpec:
     Attributes:
         widths: equal in all blocks or free.
         multiple: numbers of MLP neurons are multiples of it.
+        rescorings: how often costs are taken again at most as units go.
     """
 
     widths: Widths
     multiple: int
+    rescorings: int
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ WEIGHTS_DAMPING = Damping(0.01, 0.1)
 """Default damping where weights go, in an N:M pattern or not."""
 MULTIPLES = {Widths.UNIFORM: 64, Widths.FREE: 1}
 """Default multiple of MLP widths."""
+RESCORINGS = 32
+"""Measured (docs/benchmarks.md): more change predicted costs by less than half a percent."""
 RANK = 2
 POWER_ITERATIONS = 2
 DRAWS = 1
@@ -135,22 +139,27 @@ def resolve(asked: Preferences, seed: int = 0) -> Recipe:
         allocation=_allocation(asked, preset),
         update=update,
         correction=asked.correction,
-        units=_units(asked),
+        units=_units(asked, curvature.kind, cost),
     )
 
 
-def _units(asked: Preferences) -> UnitSpec | None:
+def _units(asked: Preferences, kind: Curvature, cost: Cost) -> UnitSpec | None:
     if asked.granularity is not Structure.UNITS:
-        where, reason = f"structure: {asked.granularity}", f"only {Structure.UNITS} have widths"
-        no_effect("widths", asked.widths, where, reason)
-        no_effect("multiple", asked.multiple, where, reason)
+        where, reason = f"structure: {asked.granularity}", f"only {Structure.UNITS} have it"
+        for name in ("widths", "multiple", "rescorings"):
+            no_effect(name, getattr(asked, name), where, reason)
         return None
+    rescored = cost is Cost.OBS and kind in _SINGLE_PRODUCT
+    if not rescored:
+        reason = f"costs are taken again with cost: {Cost.OBS} and one Kronecker product"
+        no_effect("rescorings", asked.rescorings, f"cost: {cost} and curvature: {kind}", reason)
     widths = asked.widths or Widths.UNIFORM
     if widths is Widths.UNIFORM:
         reason = "equal widths are chosen for all blocks together"
         no_effect("ranking", asked.ranking, f"widths: {widths}", reason)
         no_effect("allocation", asked.allocation, f"widths: {widths}", reason)
-    return UnitSpec(widths, asked.multiple or MULTIPLES[widths])
+    rescorings = RESCORINGS if asked.rescorings is None else asked.rescorings
+    return UnitSpec(widths, asked.multiple or MULTIPLES[widths], rescorings if rescored else 0)
 
 
 def _curvature(asked: Preferences, kind: Curvature, seed: int) -> CurvatureSpec:

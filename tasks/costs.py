@@ -5,6 +5,7 @@ Vectors over the rows (columns) of several linears are stored one after the othe
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -73,13 +74,15 @@ class BlockWork:
 def cost_request(work: BlockWork) -> Request:
     """The request for the costs of one block; damping counts only where something is inverted."""
     recipe = work.recipe
-    parameters = {
+    parameters: dict[str, Any] = {
         "block": work.block,
         "curvature": recipe.curvature.kind,
         "cost": recipe.cost,
         "of": _kind(recipe.granularity),
         "damping": damping_parameters(recipe) if recipe.cost is Cost.OBS else None,
     }
+    if recipe.units is not None:
+        parameters["rescorings"] = recipe.units.rescorings
     return Request(COSTS, parameters, _without(work.inputs, Statistic.LOSS_GRADIENT), work.name("costs"))
 
 

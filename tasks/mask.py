@@ -1,7 +1,7 @@
 """What goes from every linear of the model: one threshold over the costs of all blocks, or one for each linear."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ def mask_request(costs: Sequence[Reference], rule: MaskRule, label: str) -> Requ
         "allocation": rule.allocation,
     }
     if rule.units is not None:
-        parameters |= {"units": asdict(rule.units), "usage": rule.usage.parameters}
+        parameters |= {"widths": rule.units.widths, "multiple": rule.units.multiple, "usage": rule.usage.parameters}
     return Request(
         MASK,
         parameters,

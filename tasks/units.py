@@ -86,6 +86,8 @@ def unit_costs(
     where: str,
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     """In which order the units of a block go, and what each costs; and facts by output linear."""
+    spec = recipe.units
+    assert spec is not None, "units have a specification"
     by_output = {sub.output: sub for sub in sub_layers_}
     arrays: dict[str, Array] = {}
     facts: dict[str, Any] = {}
@@ -96,7 +98,9 @@ def unit_costs(
         units = sub.live_units(linears[name].live_columns).nonzero()[:, 0]
         place = torch.full((sub.n_units,), -1, dtype=torch.int64, device=units.device)
         place[units] = torch.arange(units.numel(), device=units.device)
-        result = eliminate(live, place[sub.owner(live.linear.live_columns)], units.numel(), recipe.cost, here)
+        result = eliminate(
+            live, place[sub.owner(live.linear.live_columns)], units.numel(), recipe.cost, here, spec.rescorings
+        )
         arrays[f"{sub.kind}/order"] = units[result.order].cpu().numpy()
         arrays[f"{sub.kind}/costs"] = result.costs.cpu().numpy()
         facts[name] = {"dead_columns": live.n_dead_columns}

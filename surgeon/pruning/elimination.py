@@ -7,8 +7,8 @@ With ``H = Â⁻¹`` over what is left, removing the columns Q of a weight W and
 
 which is the weight after the exact update and the inverse of Â over the remaining columns. So costs can be taken again
 after every step, and their sum is what removing all of them together costs: of two groups that say the same, the first
-is cheap and the second dear. Single columns go several at a time, so that there are at most `STEPS` steps: together
-these cost about as much as one more factorisation.
+is cheap and the second dear. Single columns go several at a time, in a given number of steps: together these cost about
+as much as a few factorisations.
 
 Reference: Hassibi & Stork 1992 (OBS); Frantar & Alistarh 2022, *Optimal Brain Compression*, arXiv 2208.11580, section 4
 (downdates); with the factor of gradients and for groups it is ours.
@@ -25,9 +25,6 @@ from surgeon.curvature.kronecker import KroneckerCurvature
 from surgeon.errors import NonFiniteError
 from surgeon.pruning.live import LiveLinear
 
-STEPS = 32
-"""Costs are taken again this many times at most."""
-
 
 @dataclass(frozen=True)
 class Elimination:
@@ -42,9 +39,7 @@ class Elimination:
     costs: Tensor
 
 
-def eliminate(
-    live: LiveLinear, owner: Tensor, n_groups: int, cost: Cost, where: str, steps: int = STEPS
-) -> Elimination:
+def eliminate(live: LiveLinear, owner: Tensor, n_groups: int, cost: Cost, where: str, steps: int) -> Elimination:
     """Orders groups of live columns by what they cost.
 
     Args:

@@ -30,7 +30,7 @@ def params(inputs: Path) -> dict[str, Any]:
         "model": {"source": str(inputs / "model")},
         "calibrate": {"text": {"source": str(inputs / "calibration.txt")}, "sequences": 6, "length": 32},
         "evaluate": {"text": {"source": str(inputs / "evaluation.txt")}, "windows": 4, "length": 32},
-        "prune": {"sparsity": 0.3, "shots": 3},
+        "prune": {"structure": "rows-and-columns", "sparsity": 0.3, "shots": 3},
         "benchmark": {"rounds": 0},
         "report": {"new_tokens": 4},
         "run": {"engine": "inline", "batch_size": 3, "blocks_per_group": 3, "keep": "all"},

@@ -86,6 +86,7 @@ class Runs:
         self.store = Store(root / "data" / "store")
 
     def session(self, prune: dict[str, Any], stop_after: int | None = None, **run: Any) -> Session:
+        prune = {"structure": "rows-and-columns"} | prune
         sections = self.params | {"prune": prune, "run": self.params["run"] | run}
         session = Session(Params.model_validate(sections), Workspace(self.root), Recorder(stop_after))
         session.check()
@@ -97,7 +98,7 @@ class Runs:
         Args:
             stop_after: see `Recorder`.
             run: changes of the section `run`.
-            settings: the section `prune`.
+            settings: the section `prune`; the structure is rows-and-columns unless it is given.
         """
         session = self.session(settings, stop_after, **(run or {}))
         assert isinstance(session.engine, Recorder)

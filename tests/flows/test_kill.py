@@ -60,7 +60,7 @@ def check_goes_on(project: Project, undisturbed: Project, first_blocks: tuple[in
 
 @pytest.fixture(scope="module")
 def two_shots(params: dict[str, Any]) -> dict[str, Any]:
-    return params | {"prune": {"sparsity": 0.3, "shots": 2}}
+    return params | {"prune": {"widths": "free", "sparsity": 0.3, "shots": 2}}
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from tests.flows.project import Finished, Project
 def run(params: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Finished, Finished]:
     """A project after `surgeon run` and then `surgeon prune` with the default engine, and what they said."""
     settings = {name: value for name, value in params["run"].items() if name != "engine"}
-    one_shot = params | {"prune": {"sparsity": 0.2, "shots": 1}, "run": settings}
+    one_shot = params | {"prune": {"multiple": 8, "sparsity": 0.2, "shots": 1}, "run": settings}
     project = Project(tmp_path_factory.mktemp("prefect") / "project", one_shot)
     return project, project.console("run", "--json"), project.console("prune", "--quiet")
 

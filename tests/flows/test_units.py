@@ -200,7 +200,7 @@ def test_speedup_is_measured_for(runs: dict[str, Runs]) -> None:
 
 def test_the_default_run_ends_with_a_smaller_stock_model(runs: dict[str, Runs]) -> None:
     run = runs["mistral"]
-    session = run.session({"sparsity": 0.25, "shots": 1, "multiple": 8})
+    session = run.session({"structure": "units", "sparsity": 0.25, "shots": 1, "multiple": 8})
     results = run_all(session)
     dense_config = json.loads((Path(session.checkpoint.path) / "config.json").read_text())
     config = json.loads((session.workspace.export / "config.json").read_text())
@@ -219,8 +219,8 @@ class TestBadInput:
         falcon = Runs(sections, tmp_path)
         message = r"units: what belongs together in .* is not known .*OPT, Llama.*prune.structure=rows-and-columns"
         with pytest.raises(ParameterError, match=message):
-            falcon.session({"sparsity": 0.2})
-        assert falcon.session({"sparsity": 0.2, "structure": "rows-and-columns"})
+            falcon.session({"structure": "units", "sparsity": 0.2})
+        assert falcon.session({"sparsity": 0.2})
 
     @pytest.mark.parametrize(
         ("target", "message"),
@@ -233,24 +233,24 @@ class TestBadInput:
     )
     def test_targets_out_of_reach(self, runs: dict[str, Runs], target: dict[str, Any], message: str) -> None:
         with pytest.raises(ParameterError, match=message):
-            runs["llama"].session(target)
+            runs["llama"].session({"structure": "units", **target})
 
     def test_speedup_out_of_reach(self, runs: dict[str, Runs]) -> None:
         with pytest.raises(ParameterError, match=r"speedup: 1000 is out of reach: .* times as fast here"):
-            runs["llama"].prune(speedup=1000.0, shots=1)
+            runs["llama"].prune(structure="units", speedup=1000.0, shots=1)
 
     def test_widths_that_no_target_reaches(self, runs: dict[str, Runs]) -> None:
         """OPT's stock configuration keeps its heads, so equal widths cannot free more than its MLPs."""
         with pytest.raises(ParameterError, match=r"with the fewest units that widths: uniform allows .*widths: free"):
-            runs["opt"].prune(sparsity=0.9, multiple=8, shots=1)
+            runs["opt"].prune(structure="units", sparsity=0.9, multiple=8, shots=1)
 
     def test_multiple_wider_than_the_model(self, runs: dict[str, Runs]) -> None:
         with pytest.raises(ParameterError, match="with the fewest units"):
-            runs["opt"].prune(sparsity=0.2, shots=1)
+            runs["opt"].prune(structure="units", sparsity=0.2, shots=1)
 
 
 def test_usage_counts_biases_only_among_parameters(runs: dict[str, Runs]) -> None:
-    model = runs["opt"].session({"sparsity": 0.2, "multiple": 8}).model
+    model = runs["opt"].session({"structure": "units", "sparsity": 0.2, "multiple": 8}).model
     attention, mlp = block_sub_layers(model, 0)
     assert (attention.n_units, mlp.n_units) == (4, 64)
     assert mlp.weights_per_unit == 2 * 32 and mlp.parameters_per_unit == 2 * 32 + 1

@@ -107,7 +107,7 @@ def test_two_columns_that_say_the_same_are_cheap_once() -> None:
 def test_groups_without_columns_cost_nothing_and_go_first() -> None:
     live, _ = make(bias=False)
     owner = owner_of(1).where(owner_of(1) != 4, 5)  # column 4 counts as one of group 5: group 4 is empty
-    result = eliminate(live, owner, N_IN, Cost.OBS, WHERE)
+    result = eliminate(live, owner, N_IN, Cost.OBS, WHERE, 12)
     assert int(result.order[0]) == 4
     assert float(result.costs[0]) == 0.0
 
@@ -123,7 +123,7 @@ def test_a_cost_that_is_not_finite_is_an_error_with_an_address() -> None:
 def test_it_is_a_pure_function() -> None:
     live, _ = make(bias=True)
     before = live.weight.clone()
-    first, second = (eliminate(live, owner_of(3), 4, Cost.OBS, WHERE) for _ in range(2))
+    first, second = (eliminate(live, owner_of(3), 4, Cost.OBS, WHERE, 4) for _ in range(2))
     assert isinstance(first, Elimination)
     assert torch.equal(first.order, second.order) and torch.equal(first.costs, second.costs)
     assert_close(live.weight, before, rtol=0, atol=0)
