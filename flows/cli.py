@@ -117,7 +117,7 @@ def run(
 ) -> None:
     """Do the whole job: model, calibration, dense evaluation, shots, export, benchmark, report.
 
-    Ends with a table, data/metrics/run.json and a checkpoint in data/export that transformers loads.
+    Ends with a table, data/metrics/run.json and a smaller checkpoint in data/export.
     """
     from flows.render import render_results
     from flows.stages import run_all

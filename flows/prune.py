@@ -42,6 +42,7 @@ def require_space(session: Session) -> None:
 
 def prune(session: Session) -> list[Shot]:
     """Runs all shots; returns them in order."""
+    session.check_prunable()
     pruning = session.params.prune
     state = session.dense
     shots = []

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +84,21 @@ def require_loads_back(
     Raises:
         ExportError: if it does not load, or they differ by more than rounding.
     """
-    logits = _fresh_logits(directory, probe, dtype, trust_remote_code)
+    logits = fresh_logits(directory, probe, dtype, trust_remote_code)
+    return require_same_logits(directory, logits, probe, expected, dtype)
+
+
+def require_same_logits(
+    directory: Path, logits: Mapping[str, Tensor], probe: Probe, expected: Tensor, dtype: torch.dtype
+) -> float:
+    """Compares logits of an export, `whole` and `stepwise`, with those of the pruned model.
+
+    Returns:
+        Largest difference of a logit, relative to the largest logit.
+
+    Raises:
+        ExportError: if they differ by more than rounding.
+    """
     real = probe.attention_mask.bool()
     wanted = expected[real]
     limit = LIMITS.get(dtype, HALF_LIMIT)
@@ -105,7 +119,8 @@ def require_loads_back(
     return max(differences.values())
 
 
-def _fresh_logits(directory: Path, probe: Probe, dtype: torch.dtype, trust_remote_code: bool) -> dict[str, Tensor]:
+def fresh_logits(directory: Path, probe: Probe, dtype: torch.dtype, trust_remote_code: bool) -> dict[str, Tensor]:
+    """Logits of an export in a process of its own: in one go (`whole`), and in two steps with a cache (`stepwise`)."""
     with tempfile.TemporaryDirectory(prefix="surgeon-load-back-") as folder:
         work = Path(folder)
         save_file(

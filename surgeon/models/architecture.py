@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from surgeon.errors import ModelError
+from surgeon.models.compact import IndexedLinear
 from surgeon.models.families import AttentionCoupling, Family, MlpCoupling, QkvLayout, family_names, find_family
 
 
@@ -80,7 +81,9 @@ def discover(model: PreTrainedModel) -> Architecture:
     linears = tuple(_linears(block) for block in blocks)
     family = find_family(config.model_type)
     couplings = None
-    if family is not None and all(_described(family) <= set(names) for names in linears):
+    # With index maps, the rows and columns of a linear are not those that the model around it sees.
+    has_maps = any(isinstance(module, IndexedLinear) for module in blocks.modules())
+    if family is not None and not has_maps and all(_described(family) <= set(names) for names in linears):
         couplings = tuple(
             BlockCouplings(family.mlp, _attention_coupling(family, block, f"{blocks_path}.{index}", config))
             for index, block in enumerate(blocks)

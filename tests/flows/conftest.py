@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny import make_tiny
 
-from tests.flows.project import Finished, Project, write_text
+from surgeon.export import load_back
+from tests.flows.project import Finished, Project, logits_here, write_text
 from tests.flows.sessions import small_inputs
 
 
@@ -52,6 +53,7 @@ def in_process() -> Iterator[None]:
         patch.setattr(os, "fsync", lambda _file: None)
         for name in ("SURGEON_STORE", "SURGEON_MODELS"):
             patch.delenv(name, raising=False)
+        patch.setattr(load_back, "fresh_logits", logits_here)
         yield
     torch.set_num_threads(n_threads)
 

@@ -12,15 +12,22 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 import yaml
+from transformers import dynamic_module_utils
 
+from surgeon.export import Probe, load_back
+from surgeon.export.load_back_script import logits_of
+from surgeon.models.quiet import quiet_transformers
 from surgeon.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -187,4 +194,16 @@ def _child(arguments: list[str], root: Path, variables: dict[str, str], streams:
     sys.argv = ["surgeon", *arguments]
     from flows.cli import main
 
+    load_back.fresh_logits = logits_here
     main()
+
+
+def logits_here(directory: Path, probe: Probe, dtype: torch.dtype, trust_remote_code: bool) -> dict[str, torch.Tensor]:
+    """Loads an export in this process, which spares seconds of imports; `console` and the tests of export do not."""
+    tokens = {"input_ids": probe.input_ids, "attention_mask": probe.attention_mask}
+    with (
+        quiet_transformers(),
+        tempfile.TemporaryDirectory() as modules,
+        mock.patch.object(dynamic_module_utils, "HF_MODULES_CACHE", modules),
+    ):
+        return logits_of(str(directory), tokens, str(dtype).removeprefix("torch."), trust_remote_code)

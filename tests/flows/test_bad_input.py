@@ -131,13 +131,54 @@ def test_a_failed_run_leaves_results_usable(again: Project) -> None:
 
 
 def test_an_export_that_fails_its_check_does_not_count(again: Project) -> None:
-    """Weights that change between writing and checking: the next run writes the export again."""
+    """Weights that were changed: the next export refuses to replace them, and writes them again when told to."""
     weights = again.data / "export" / "model.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-4] + b"\x00\x00\x80\x3f")
-    again.surgeon("run", "--quiet").ok()
-    assert again.executed() == {"export": {"export"}}
+    for command in ("run", "export"):
+        done = again.surgeon(command, "--quiet")
+        assert done.status == 2
+        is_one_message(done, r"data/export would be replaced .* files in it were changed or removed; .*--overwrite")
+    again.surgeon("export", "--quiet", "--overwrite").ok()
+    assert again.executed()["export"] == {"export"}
     assert weights.read_bytes() == good
+    again.surgeon("run", "--quiet").ok()
+    assert again.executed() == {}
+
+
+def test_an_export_replaces_nothing_that_is_not_one(again: Project, tmp_path: Path) -> None:
+    """What is in the way is found before any work, also by a run."""
+    note = again.data / "export" / "notes.txt"
+    note.write_text("mine")
+    done = again.surgeon("run", "--quiet", "-S", "calibrate.sequences=4")
+    assert done.status == 2
+    is_one_message(done, r"holds files that were not exported \(notes.txt\)")
+    assert again.surgeon("export", "--quiet", "data/export").status == 2
+    note.unlink()
+    (again.data / "export" / "surgeon.json").unlink()
+    is_one_message(again.surgeon("export", "--quiet"), r"it is not an export of Surgeon \(no readable surgeon.json\)")
+    other = tmp_path / "other"
+    before = again.read("stages/export.json")
+    again.surgeon("export", "--quiet", str(other), "-S", "export.layout=dense").ok()
+    again.surgeon("export", "--quiet", str(other), "-S", "export.layout=compact", "--overwrite").ok()
+    assert json.loads((other / "surgeon.json").read_text())["facts"]["layout"] == "compact"
+    done = again.surgeon("export", "--quiet", str(other))
+    assert done.status == 2
+    is_one_message(done, r"other exists and is not empty, so nothing was exported")
+    is_one_message(again.surgeon("export", "--quiet", str(note.parent / "config.json")), r"is a file, but an export is")
+    assert again.read("stages/export.json") == before
+
+
+def test_a_form_that_is_impossible(again: Project) -> None:
+    done = again.surgeon("export", "--quiet", "-S", "export.layout=stock")
+    assert done.status == 2
+    is_one_message(done, r"export.layout: no configuration of stock transformers describes .* block 0, linear")
+
+
+def test_an_export_with_index_maps_is_not_pruned_again(again: Project) -> None:
+    done = again.surgeon("run", "--quiet", "-S", "model.source=data/export")
+    assert done.status == 2
+    is_one_message(done, r"data/export is a compact export with index maps.* not pruned again")
 
 
 def test_a_damaged_object_is_named(again: Project) -> None:

@@ -309,8 +309,10 @@ def test_costs_that_ignore_damping_do_not_name_it(fresh: Runs) -> None:
     "settings", [WEIGHTS, PATTERN, {"structure": "rows", "shots": 1}], ids=["weights", "2:4", "rows"]
 )
 def test_export_loads_back_with_the_zeros(fresh: Runs, settings: dict[str, Any]) -> None:
-    session = fresh.session(settings)
+    dense = Runs(fresh.params | {"export": {"layout": "dense"}}, fresh.root)
+    session = dense.session(settings)
     results = run_all(session)
+    assert results["export"]["layout"] == "dense"
     done = fresh.prune(**settings)
     assert done.ran == []
     model = AutoModelForCausalLM.from_pretrained(session.workspace.export)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import surgeon
 from surgeon.store import Store
 from tests.flows.project import Finished, Project
 
@@ -19,7 +20,7 @@ def linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
 
 
 def exported(project: Project) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(project.data / "export")
+    return surgeon.load(project.data / "export")
 
 
 def test_stdout_is_json_alone_and_is_what_was_written(finished_with_output: tuple[Project, Finished]) -> None:
@@ -43,7 +44,7 @@ def test_keys_of_the_results(finished: Project) -> None:
     results = finished.results()
     assert set(results) == {
         *("dense", "pruned", "window_length", "windows", "overlap", "shots", "samples", "seconds", "elapsed_s"),
-        *("peak_memory_gib", "tasks", "weights_digest", "provenance", "benchmark"),
+        *("export", "benchmark", "peak_memory_gib", "tasks", "weights_digest", "provenance"),
     }
     assert set(results["dense"]) == SIZES
     assert set(results["pruned"]) == {*SIZES, "sparsity"}
@@ -79,8 +80,8 @@ def test_numbers_belong_together(finished: Project) -> None:
     assert results["tasks"]["executed"] == 3 + 3 * 9 + 4
 
 
-def test_sparsity_is_met_to_within_one_structure(finished: Project) -> None:
-    modules = linears(exported(finished))
+def test_sparsity_is_met_to_within_one_structure(finished: Project, inputs: Path) -> None:
+    modules = linears(AutoModelForCausalLM.from_pretrained(inputs / "model"))
     n_weights = sum(m.weight.numel() for m in modules)
     largest_structure = max(max(m.weight.shape) for m in modules)
     assert [shot["target"] for shot in finished.results()["shots"]] == [0.1, 0.2, 0.3]
@@ -88,20 +89,29 @@ def test_sparsity_is_met_to_within_one_structure(finished: Project) -> None:
         assert 0 <= shot["sparsity"] - shot["target"] < largest_structure / n_weights
 
 
-def test_export_loads_in_transformers_and_has_the_zeros(finished: Project, inputs: Path) -> None:
+def test_export_is_smaller_by_what_was_removed(finished: Project, inputs: Path) -> None:
+    """Free rows and columns: the compact form, whose weights are those that live, without the dead code of a block."""
     model, dense = exported(finished), AutoModelForCausalLM.from_pretrained(inputs / "model")
-    pruned = finished.results()["pruned"]
-    parameters = list(model.parameters())
-    assert sum(p.numel() for p in parameters) == pruned["parameters"]
-    assert sum(int(p.count_nonzero()) for p in parameters) == pruned["nonzero"]
-    assert sum(int(m.weight.count_nonzero()) for m in linears(model)) == pruned["linear_nonzero"]
+    results = finished.results()
+    facts, pruned = results["export"], results["pruned"]
+    assert (facts["layout"], facts["index_maps"], facts["trust_remote_code"]) == ("compact", True, True)
+    assert sum(p.numel() for p in model.parameters()) == facts["parameters"] < facts["parameters_dense"]
+    assert facts["parameters_dense"] == results["dense"]["parameters"]
+    assert facts["weights_zeroed"] == pruned["linear_weights"] - pruned["linear_nonzero"]
+    n_left = sum(m.weight.numel() for m in linears(model))
+    assert facts["weights_gone"] == pruned["linear_weights"] - n_left > facts["weights_zeroed"]
+    size = (finished.data / "export" / "model.safetensors").stat().st_size
+    assert facts["bytes"] < size < facts["bytes"] + 20_000
+    assert facts["largest_logit_difference"] < 1e-5
     before = dense.state_dict()
-    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
-    assert len(changed) > 10
-    assert all(".layers." in name and "norm" not in name for name in changed)
-    for linear in linears(model):
-        live = linear.weight.any(dim=1)[:, None] & linear.weight.any(dim=0)[None, :]
-        assert torch.equal(linear.weight != 0, live)
+    kept = {name for name, tensor in model.state_dict().items() if name in before and "layers" not in name}
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in kept)
+    card = (finished.data / "export" / "README.md").read_text()
+    assert f"| parameters in the files | {facts['parameters_dense']:,} | {facts['parameters']:,} |" in card
+    assert "trust_remote_code=True" in card
+    assert "{{" not in card
+    assert finished.read("stages/export.json")["facts"] == facts
+    assert json.loads((finished.data / "export" / "surgeon.json").read_text())["facts"].items() <= facts.items()
     assert AutoTokenizer.from_pretrained(finished.data / "export")("the").input_ids
 
 

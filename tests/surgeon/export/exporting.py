@@ -100,7 +100,7 @@ def exported(case: Case, folder, dtype="float32", layout=ExportLayout.AUTO):
 
 
 def logits_by_others(folder, facts, dtype="float32"):
-    """What the script of the fresh process finds, in this process: logits in one go, and in two steps with the cache."""
+    """What the script of the fresh process finds, in this process: logits in one go, and in two steps with a cache."""
     tokens = {"input_ids": PROBE.input_ids, "attention_mask": PROBE.attention_mask}
     with quiet_transformers():
         return logits_of(str(folder), tokens, dtype, facts["code"])

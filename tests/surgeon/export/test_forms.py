@@ -320,7 +320,7 @@ def test_saved_again_by_transformers(tmp_path):
     assert difference(logits_by_others(tmp_path / "again", facts)["stepwise"], masked_logits(case)) < EXACT
 
 
-@pytest.mark.parametrize("kill", ["free_widths", "everything"])
+@pytest.mark.parametrize("kill", ["free_widths", "rows_and_columns", "everything"])
 def test_this_package_opens_it_block_wise_without_its_code(kill, tmp_path):
     case = made("qwen2", kill, tmp_path)
     exported(case, tmp_path / "export")
