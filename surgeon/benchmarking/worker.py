@@ -22,6 +22,7 @@ from surgeon.models.quiet import quiet_transformers
 from surgeon.peak import peak_gib, reset_peak
 
 _GIB = 2**30
+_PAGE_NUMBERS = 1024
 _EXPORT_RECORD = "surgeon.json"
 
 
@@ -29,7 +30,8 @@ def load_model(directory: Path, dtype: torch.dtype, device: str, *, trust_remote
     """Loads a checkpoint: an export of Surgeon in its own way, anything else with stock transformers."""
     own: Callable[..., PreTrainedModel] | None = getattr(surgeon, "load", None)
     with quiet_transformers():
-        if own is not None and (directory / _EXPORT_RECORD).is_file():
+        # Where Python files of the model may be run, transformers does that; our own way runs none.
+        if own is not None and not trust_remote_code and (directory / _EXPORT_RECORD).is_file():
             model = own(directory, dtype=dtype, device=device)
         else:
             model = AutoModelForCausalLM.from_pretrained(
@@ -59,6 +61,7 @@ class Worker:
             Path(request["directory"]), dtype, request["device"], trust_remote_code=request["trust_remote_code"]
         )
         self._model = model
+        _touch(model)
         reset_peak()
         config = model.config.get_text_config(decoder=True)
         return {
@@ -89,6 +92,12 @@ class Worker:
             "peak_gib": peak_gib(),
             "device_peak_gib": torch.cuda.max_memory_allocated() / _GIB if tokens.is_cuda else None,
         }
+
+
+def _touch(model: PreTrainedModel) -> None:
+    """Reads a number of every page of the weights: they may be mapped files, which take memory only once read."""
+    for parameter in model.parameters():
+        parameter.detach().reshape(-1)[::_PAGE_NUMBERS].sum().item()
 
 
 def _resident_gib() -> float:

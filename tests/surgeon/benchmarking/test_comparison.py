@@ -70,6 +70,7 @@ def test_the_larger_model_takes_more_memory(found):
     assert weights > 0.05
     idle, loaded = result.sizes["idle_gib"], result.sizes["loaded_gib"]
     assert loaded.pruned > idle.pruned > 0
+    assert loaded.dense >= idle.dense + 0.9 * weights
     for figures in result.batches:
         assert figures.memory_gib.dense - figures.memory_gib.pruned > 0.5 * weights
         assert figures.memory_gib.dense >= idle.dense + 0.9 * weights
