@@ -34,7 +34,7 @@ def require_space(session: Session) -> None:
         finished += state is not None
     missing = pruning.shots - finished
     kept = missing if session.params.run.keep is Keep.ALL else min(missing, 2)
-    large = model.statistic_bytes(session.recipe.curvature)
+    large = model.statistic_bytes(session.recipe.curvature, session.measured_linears)
     if not is_structured(session.recipe.granularity):
         large += model.update_bytes  # costs of all weights
     Store(session.context.store).free_space_check(kept * large + (missing + 1) * model.update_bytes)

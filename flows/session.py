@@ -24,6 +24,7 @@ from surgeon.recipe import Recipe
 from surgeon.store import Reference, Store
 from tasks.calibration import SequenceSpec, WindowSpec, require_length, require_separate, sequences_task, windows_task
 from tasks.context import Context, ModelSpec, ModelState, describe_model
+from tasks.units import output_linears
 
 MEMORY_SHARE = 0.6
 """Part of the available memory a run takes when run.memory_gib is not given."""
@@ -53,6 +54,16 @@ class Session:
     def recipe(self) -> Recipe:
         """How to prune, with every choice made."""
         return self.params.prune.recipe(self.params.seed)
+
+    @cached_property
+    def measured_linears(self) -> tuple[str, ...] | None:
+        """Names of the linears whose statistics are needed; None for all.
+
+        Units go by the columns of output linears, and only a Newton step changes anything else.
+        """
+        if self.recipe.granularity is not Structure.UNITS or self.recipe.update.newton_step:
+            return None
+        return output_linears(self.model)
 
     @cached_property
     def goal(self) -> Goal:

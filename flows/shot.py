@@ -86,7 +86,13 @@ class ShotRun:
         self.rule = MaskRule(target, recipe.granularity, recipe.ranking, recipe.allocation, recipe.units, usage)
         self.blocks = range(self.context.model.n_blocks)
         self.statistics = BlockStatistics(
-            session, state, calibration, self.label, self.recipe.curvature, self.recipe.update.newton_step > 0
+            session,
+            state,
+            calibration,
+            self.label,
+            recipe.curvature,
+            recipe.update.newton_step > 0,
+            session.measured_linears,
         )
 
     def run(self) -> Shot:

@@ -39,6 +39,7 @@ class BlockStatistics:
         label: of the shot, the first part of names: "shot-01".
         spec: the kind of curvature.
         loss_gradient: whether the gradient of the loss is wanted beside the curvature.
+        linears: names of those that are measured in every block; None for all.
     """
 
     def __init__(
@@ -49,11 +50,12 @@ class BlockStatistics:
         label: str,
         spec: CurvatureSpec,
         loss_gradient: bool = False,
+        linears: tuple[str, ...] | None = None,
     ) -> None:
         self.session = session
         self.context: Context = session.context
         self.store = Store(session.context.store)
-        self.measured = Measured(state, calibration, spec, label)
+        self.measured = Measured(state, calibration, spec, label, linears)
         self.label = label
         self.wanted: tuple[Statistic, ...] = spec.statistics + ((Statistic.LOSS_GRADIENT,) if loss_gradient else ())
         """What consumers read."""

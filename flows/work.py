@@ -54,9 +54,11 @@ class WorkPlan:
         n_calibration = params.calibrate.sequences * params.calibrate.length
         n_evaluation = session.windows.attributes["n_windows"] * params.evaluate.length
         per_token = model.n_weights + model.width * model.n_vocabulary
-        squares = sum(s.n_out**2 + s.n_in**2 for block in model.blocks for s in block)
-        cubes = sum(s.n_out**3 + s.n_in**3 for block in model.blocks for s in block) / model.n_blocks
-        cross = 2.0 * sum((s.n_out + s.n_in) * s.n_weights for block in model.blocks for s in block) / model.n_blocks
+        names = session.measured_linears
+        measured = [s for block in model.blocks for s in block if names is None or s.name in names]
+        squares = sum(s.n_out**2 + s.n_in**2 for s in measured)
+        cubes = sum(s.n_out**3 + s.n_in**3 for s in measured) / model.n_blocks
+        cross = 2.0 * sum((s.n_out + s.n_in) * s.n_weights for s in measured) / model.n_blocks
         recipe = session.recipe
         refining = 0.0
         if Statistic.MOMENTS in recipe.curvature.statistics:

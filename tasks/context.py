@@ -1,6 +1,7 @@
 """What every task needs to know: the store, the model and how to execute. Small, picklable, no tensors."""
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,16 +66,22 @@ class ModelSpec:
         """Weights of all decoder linears: what sparsity is a fraction of."""
         return sum(linear.n_weights for block in self.blocks for linear in block)
 
-    def statistic_bytes(self, spec: CurvatureSpec) -> int:
-        """Bytes of all statistics of a curvature as they are stored, an input counted for each of its readers."""
-        shapes = [shape for block in self.blocks for shape in block]
+    def statistic_bytes(self, spec: CurvatureSpec, linears: Collection[str] | None = None) -> int:
+        """Bytes of all statistics of a curvature as they are stored, an input counted for each of its readers.
+
+        Args:
+            spec: the curvature.
+            linears: names of those that are measured; None for all.
+        """
+        shapes = [shape for block in self.blocks for shape in block if linears is None or shape.name in linears]
+        weight_bytes = 4 * sum(shape.n_weights for shape in shapes)
         squares = 4 * sum(s.n_out**2 + s.n_in**2 for s in shapes)
         sizes = {
             Statistic.INPUT_FACTORS: 2 * sum(s.n_in**2 for s in shapes),
             Statistic.OUTPUT_FACTORS: 2 * sum(s.n_out**2 for s in shapes),
-            Statistic.MOMENTS: squares + self.update_bytes,
+            Statistic.MOMENTS: squares + weight_bytes,
             Statistic.KRONECKER_TERMS: spec.rank * squares + squares // 2,
-            Statistic.DIAGONAL: self.update_bytes,
+            Statistic.DIAGONAL: weight_bytes,
         }
         return sum(sizes[statistic] for statistic in spec.statistics)
 

@@ -61,12 +61,14 @@ class Measured:
         calibration: its sequences.
         spec: targets, rank and iterations.
         label: readable name of the shot.
+        linears: names of those that are measured in every block; None for all.
     """
 
     state: ModelState
     calibration: Reference
     spec: CurvatureSpec
     label: str
+    linears: tuple[str, ...] | None = None
 
     def targets(self, statistic: Statistic) -> TokenTargets:
         """Next tokens a statistic is taken for: the gradient of the loss is that of the text, whatever the curvature.
@@ -92,7 +94,7 @@ def gradient_request(context: Context, measured: Measured, targets: TokenTargets
 
 def statistic_request(context: Context, measured: Measured, statistic: Statistic, block: int) -> Request | None:
     """The request for a statistic of a block; None if what it starts from has never been computed."""
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = {} if measured.linears is None else {"linears": list(measured.linears)}
     if statistic is not Statistic.INPUT_FACTORS:
         parameters |= measured.targets(statistic).parameters
     if statistic is Statistic.KRONECKER_TERMS:

@@ -80,7 +80,7 @@ def curvature_task(context: Context, measured: Measured, work: GroupWork) -> Out
 
     def compute(missing: Collection[Place]) -> dict[Place, Callable[[], Product]]:
         model = open_model(context, measured.state)
-        blocks = {block: observed_block(model, block) for block in work.blocks}
+        blocks = {block: observed_block(model, block, measured.linears) for block in work.blocks}
         observers = {
             (block, kind): _OBSERVERS[Statistic(kind)](blocks[block])
             for block, kind in missing

@@ -26,7 +26,7 @@ def moments_task(context: Context, measured: Measured, work: GroupWork) -> Outco
         model = open_model(context, measured.state)
         observers = {}
         for block in missing:
-            observed = observed_block(model, block)
+            observed = observed_block(model, block, measured.linears)
             factors = _starting_factors(context, measured, block, list(observed.linears))
             live = _live_sets(context, measured, block, factors)
             observers[block] = MomentsObserver(observed, block_eigenbases(factors, live, observed.label))
@@ -43,7 +43,7 @@ def kronecker_terms_task(context: Context, measured: Measured, work: GroupWork) 
 
     def compute(missing: Collection[int]) -> dict[int, Callable[[], Product]]:
         model = open_model(context, measured.state)
-        blocks = {block: observed_block(model, block) for block in missing}
+        blocks = {block: observed_block(model, block, measured.linears) for block in missing}
         subspaces = {}
         for block, observed in blocks.items():
             factors = _starting_factors(context, measured, block, list(observed.linears))
@@ -92,7 +92,9 @@ def _live_sets(
 ) -> dict[str, LiveSets]:
     """What the costs and updates of a block will find alive."""
     result = {}
-    for name, linear in read_linears(context, measured.state, block).items():
+    linears = read_linears(context, measured.state, block)
+    for name in factors:
+        linear = linears[name]
         live = without_dead(linear, factors[name])
         result[name] = LiveSets(live.live_rows, live.live_columns, linear.bias is not None)
     return result

@@ -71,6 +71,12 @@ def block_sub_layers(model: ModelSpec, block: int) -> tuple[SubLayer, SubLayer]:
     return sub_layers(model.couplings[block], shapes)
 
 
+def output_linears(model: ModelSpec) -> tuple[str, ...]:
+    """Names of the linears whose columns read units, in any block."""
+    outputs = (sub.output for block in range(model.n_blocks) for sub in block_sub_layers(model, block))
+    return tuple(dict.fromkeys(outputs))
+
+
 def dense_usage(model: ModelSpec, usage: Usage) -> float:
     """What the dense model uses: for weights all those of decoder linears, else what its units use."""
     if usage.resource is Resource.WEIGHTS:

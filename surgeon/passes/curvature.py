@@ -9,7 +9,7 @@ With one group for all blocks there is one forward and one backward and nothing 
 group's weights and statistics and one batch. Gradients are taken with respect to activations only.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -150,9 +150,14 @@ def curvature_group(
     return below if below is None or what.targets.sampled else below[0]
 
 
-def observed_block(model: BlockwiseModel, index: int) -> ObservedBlock:
-    """The linears of one block for its observers; the block need not be loaded yet."""
-    return ObservedBlock(f"block {index}", model.linears(index), model.shared(index), model.device)
+def observed_block(model: BlockwiseModel, index: int, names: Collection[str] | None = None) -> ObservedBlock:
+    """The linears of one block for its observers, all or those named; the block need not be loaded yet."""
+    linears, shared = model.linears(index), model.shared(index)
+    if names is not None:
+        linears = {name: linear for name, linear in linears.items() if name in names}
+        groups = (tuple(name for name in group if name in names) for group in shared)
+        shared = tuple(group for group in groups if group)
+    return ObservedBlock(f"block {index}", linears, shared, model.device)
 
 
 def _start(model: BlockwiseModel, tokens: TokenArray, boundary: FloatArray | None, part: slice) -> Embedded:
