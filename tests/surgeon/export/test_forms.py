@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import surgeon
 from surgeon.choices import ExportLayout
 from surgeon.errors import ParameterError
-from surgeon.export import expected_logits, plan_export
+from surgeon.export import PrunedModel, expected_logits, export_checkpoint, plan_export
 from surgeon.models import BlockCouplings, build_skeleton, discover
 from surgeon.models.quiet import quiet_transformers
 from surgeon.passes.blockwise import BlockwiseModel
@@ -363,3 +363,43 @@ def test_pruned_and_exported_again(tmp_path):
     assert not (tmp_path / "third" / "modeling_pruned.py").exists()
     assert difference(logits_by_others(tmp_path / "third", facts)["stepwise"], expected) < EXACT
     assert model.n_blocks == 3
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "20KB"])
+def test_blocks_are_read_one_after_the_other(max_shard_size, tmp_path):
+    """Weights of one block are needed at a time: each is read once for every file it is in."""
+    case = made("qwen2", "free_widths", tmp_path, max_shard_size=max_shard_size)
+    read = []
+
+    def linears(index):
+        read.append(index)
+        return case.blocks[index]
+
+    pruned = PrunedModel(case.checkpoint, linears, case.pruned.live)
+    export_checkpoint(plan_export(pruned, "bfloat16"), tmp_path / "export", "card", {})
+    assert set(read) == set(case.blocks)
+    assert len(read) <= (3 if max_shard_size == "1GB" else 3 + len(list((tmp_path / "export").glob("*.safetensors"))))
+
+
+def test_what_the_card_says(tmp_path):
+    case = made("llama", "free_widths", tmp_path)
+    facts = exported(case, tmp_path / "export")
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert f"| bytes of weights, same type | {facts['bytes_dense']:,} | {facts['bytes']:,} |" in card
+    assert f"pruning set {facts['weights_zeroed']:,} to zero; {facts['weights_gone']:,} are not in the files" in card
+    assert "Per block: 24 to 40 MLP neurons, 3 to 4 query heads, 3 to 4 key/value heads." in card
+    assert "trust_remote_code=True" in card
+    exported(case, tmp_path / "dense", layout=ExportLayout.DENSE)
+    card = (tmp_path / "dense" / "README.md").read_text()
+    assert "The files are no smaller than those of the dense model in the same type." in card
+    assert "trust_remote_code" not in card
+
+
+def test_layers_of_the_configuration_stay(tmp_path):
+    """Settings by layer, and those that depend on a width that is not that of the MLP or the heads."""
+    case = made("qwen2", "uniform", tmp_path, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    facts = exported(case, tmp_path / "export")
+    before, after = (AutoConfig.from_pretrained(path) for path in (case.checkpoint.path, tmp_path / "export"))
+    assert after.layer_types == before.layer_types
+    assert len(set(after.layer_types)) == 2
+    assert difference(logits_by_others(tmp_path / "export", facts)["stepwise"], masked_logits(case)) < EXACT
