@@ -25,6 +25,7 @@ from tests.surgeon.export.exporting import (
     opened,
     tiny_case,
 )
+from tests.surgeon.passes.stock import load_stock
 
 NAMED = ("opt", "llama", "llama-gqa-tied", "mistral", "qwen2", "qwen3", "gpt_neox")
 FAMILIES = (*NAMED, "gemma", "phi")
@@ -193,13 +194,14 @@ def test_rows_that_give_the_activation_of_zero(activation, bias, tmp_path):
     assert difference(logits_by_others(tmp_path / "export", facts)["whole"], masked_logits(case)) < EXACT
 
 
-def test_a_gate_that_does_not_give_zero_keeps_its_neurons(tmp_path):
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gate_that_does_not_give_zero_keeps_its_neurons(bias, tmp_path):
     def kill(_index, live):
         live["mlp.gate_proj"][0][:10] = False
         live["mlp.up_proj"][0][8:20] = False
         live["mlp.gate_proj"][1][:] = False
 
-    case = tiny_case("llama", tmp_path, kill, hidden_act="sigmoid")
+    case = tiny_case("llama", tmp_path, kill, hidden_act="sigmoid", mlp_bias=bias)
     facts = exported(case, tmp_path / "export")
     assert facts["neurons"] == [36, 36]
     assert difference(logits_by_others(tmp_path / "export", facts)["whole"], masked_logits(case)) < EXACT
@@ -363,6 +365,23 @@ def test_pruned_and_exported_again(tmp_path):
     assert not (tmp_path / "third" / "modeling_pruned.py").exists()
     assert difference(logits_by_others(tmp_path / "third", facts)["stepwise"], expected) < EXACT
     assert model.n_blocks == 3
+
+
+def test_attention_is_that_of_the_dense_model_and_can_be_chosen(tmp_path):
+    case = made("llama", "everything", tmp_path)
+    exported(case, tmp_path / "export")
+    model, inputs = surgeon.load(tmp_path / "export"), {"attention_mask": PROBE.attention_mask}
+    assert model.config._attn_implementation == load_stock(case.checkpoint.path).config._attn_implementation == "sdpa"
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+    with torch.no_grad():
+        assert difference(model(PROBE.input_ids, **inputs).logits, masked_logits(case)) < EXACT
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    texts = [
+        model.generate(PROBE.input_ids, **inputs, **settings, **cache)
+        for cache in ({}, {"cache_implementation": "static", "disable_compile": True})
+    ]
+    assert torch.equal(*texts)
 
 
 @pytest.mark.parametrize("max_shard_size", ["1GB", "20KB"])
