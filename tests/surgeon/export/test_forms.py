@@ -384,6 +384,26 @@ def test_attention_is_that_of_the_dense_model_and_can_be_chosen(tmp_path):
     assert torch.equal(*texts)
 
 
+@pytest.mark.parametrize("family", ["opt", "gpt_neox", "qwen3"])
+def test_a_model_without_some_attentions_and_mlps_is_pruned_again(family, tmp_path):
+    """Its couplings are not known any more, so what goes now goes by index maps; constants stay."""
+
+    def drop(index, live):
+        kills.dropped_attention(index, live)
+        kills.dropped_mlp(index, live)
+
+    dense = tiny_case(family, tmp_path, lambda *_: None)
+    kills = Kills(couplings_of(dense.checkpoint))
+    exported(case_of(dense.checkpoint, drop), tmp_path / "first")
+    checkpoint = opened(tmp_path / "first")
+    assert discover(build_skeleton(checkpoint, torch.float32)).couplings is None
+    again = case_of(checkpoint, kills.rows_and_columns)
+    expected = expected_logits(BlockwiseModel(checkpoint, overrides=again.overrides), PROBE)
+    facts = exported(again, tmp_path / "second")
+    assert (facts["layout"], facts["index_maps"]) == ("compact", True)
+    assert difference(logits_by_others(tmp_path / "second", facts)["stepwise"], expected) < EXACT
+
+
 @pytest.mark.parametrize("max_shard_size", ["1GB", "20KB"])
 def test_blocks_are_read_one_after_the_other(max_shard_size, tmp_path):
     """Weights of one block are needed at a time: each is read once for every file it is in."""
