@@ -43,6 +43,11 @@ def load(
             f"{path / CONFIG_NAME} is not the file that was exported, so it may not describe these weights. Export "
             f"again, or fetch the directory again. {other}."
         )
+    facts = record.get("facts") or {}
+    if facts.get("trust_remote_code") and not is_compact(path):
+        raise ExportError(
+            f"{path} is built by Python files of the model it was made from, which are not run here. {other}."
+        )
     with quiet_transformers():
         if is_compact(path):
             config_class, model_class = compact_classes(path)

@@ -96,13 +96,10 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/directory", trust_rem
 
 
 def _widths(facts: dict[str, Any]) -> str:
+    labels = {"neurons": "MLP neurons", "query_heads": "query heads", "key_value_heads": "key/value heads"}
     kept = [
-        f"{'to '.join(str(n) + ' ' for n in sorted(set(facts[name]))).strip()} {label}"
-        for name, label in (
-            ("neurons", "MLP neurons"),
-            ("query_heads", "query heads"),
-            ("key_value_heads", "key/value heads"),
-        )
+        f"{' to '.join(str(count) for count in sorted(set(facts[name])))} {label}"
+        for name, label in labels.items()
         if facts[name] is not None
     ]
     return f" Per block: {', '.join(kept)}." if kept else ""

@@ -68,8 +68,11 @@ class Constant(nn.Module):
         return self.bias.expand(*hidden.shape[:-1], self.width)
 
 
-class NoAttention(nn.Module):
-    """What is left of an attention without heads: the constant of its output linear."""
+class WithoutHeads(nn.Module):
+    """What is left of an attention without heads: the constant of its output linear.
+
+    (transformers takes a class named after attention in this file for an attention of an old kind.)
+    """
 
     def __init__(self, layer_idx: int, output_name: str, output: Constant) -> None:
         super().__init__()
@@ -127,7 +130,7 @@ def _replacement(linear: nn.Module, sizes: list[int]) -> nn.Module:
 def _set_heads(block: nn.Module, name: str, output: str, n_query_heads: int, n_kv_heads: int) -> None:
     attention = block.get_submodule(name)
     if n_kv_heads == 0:
-        setattr(block, name, NoAttention(attention.layer_idx, output, attention.get_submodule(output)))  # type: ignore[arg-type]
+        setattr(block, name, WithoutHeads(attention.layer_idx, output, attention.get_submodule(output)))  # type: ignore[arg-type]
         return
     for attribute, value in (("num_heads", n_query_heads), ("num_key_value_groups", n_query_heads // n_kv_heads)):
         if hasattr(attention, attribute):

@@ -36,6 +36,7 @@ CASES = {
     "report.prompt=Hello": ({"dense/sample", "pruned/sample"}, False),
     "report.new_tokens=2": ({"dense/sample", "pruned/sample"}, False),
     "export.dtype=bfloat16": (set(), True),
+    "export.layout=dense": (set(), True),
     "evaluate.windows=3": ({"evaluation/windows", "dense/evaluation", *of_shots(SHOTS, "evaluation")}, True),
     "prune.damping=0.05": (of_shots(SHOTS[:1], *FROM_COSTS) | of_shots(SHOTS[1:], *WHOLE) | SAMPLE, True),
     "prune.cost=obd": (of_shots(SHOTS[:1], *FROM_COSTS) | of_shots(SHOTS[1:], *WHOLE) | SAMPLE, True),

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import surgeon
 from surgeon.choices import ExportLayout
 from surgeon.errors import ParameterError
-from surgeon.export import expected_logits, plan_export
+from surgeon.export import PrunedModel, expected_logits, export_checkpoint, plan_export
 from surgeon.models import BlockCouplings, build_skeleton, discover
 from surgeon.models.quiet import quiet_transformers
 from surgeon.passes.blockwise import BlockwiseModel
@@ -25,6 +25,7 @@ from tests.surgeon.export.exporting import (
     opened,
     tiny_case,
 )
+from tests.surgeon.passes.stock import load_stock
 
 NAMED = ("opt", "llama", "llama-gqa-tied", "mistral", "qwen2", "qwen3", "gpt_neox")
 FAMILIES = (*NAMED, "gemma", "phi")
@@ -193,13 +194,14 @@ def test_rows_that_give_the_activation_of_zero(activation, bias, tmp_path):
     assert difference(logits_by_others(tmp_path / "export", facts)["whole"], masked_logits(case)) < EXACT
 
 
-def test_a_gate_that_does_not_give_zero_keeps_its_neurons(tmp_path):
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gate_that_does_not_give_zero_keeps_its_neurons(bias, tmp_path):
     def kill(_index, live):
         live["mlp.gate_proj"][0][:10] = False
         live["mlp.up_proj"][0][8:20] = False
         live["mlp.gate_proj"][1][:] = False
 
-    case = tiny_case("llama", tmp_path, kill, hidden_act="sigmoid")
+    case = tiny_case("llama", tmp_path, kill, hidden_act="sigmoid", mlp_bias=bias)
     facts = exported(case, tmp_path / "export")
     assert facts["neurons"] == [36, 36]
     assert difference(logits_by_others(tmp_path / "export", facts)["whole"], masked_logits(case)) < EXACT
@@ -363,3 +365,80 @@ def test_pruned_and_exported_again(tmp_path):
     assert not (tmp_path / "third" / "modeling_pruned.py").exists()
     assert difference(logits_by_others(tmp_path / "third", facts)["stepwise"], expected) < EXACT
     assert model.n_blocks == 3
+
+
+def test_attention_is_that_of_the_dense_model_and_can_be_chosen(tmp_path):
+    case = made("llama", "everything", tmp_path)
+    exported(case, tmp_path / "export")
+    model, inputs = surgeon.load(tmp_path / "export"), {"attention_mask": PROBE.attention_mask}
+    assert model.config._attn_implementation == load_stock(case.checkpoint.path).config._attn_implementation == "sdpa"
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+    with torch.no_grad():
+        assert difference(model(PROBE.input_ids, **inputs).logits, masked_logits(case)) < EXACT
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    texts = [
+        model.generate(PROBE.input_ids, **inputs, **settings, **cache)
+        for cache in ({}, {"cache_implementation": "static", "disable_compile": True})
+    ]
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt_neox", "qwen3"])
+def test_a_model_without_some_attentions_and_mlps_is_pruned_again(family, tmp_path):
+    """Its couplings are not known any more, so what goes now goes by index maps; constants stay."""
+
+    def drop(index, live):
+        kills.dropped_attention(index, live)
+        kills.dropped_mlp(index, live)
+
+    dense = tiny_case(family, tmp_path, lambda *_: None)
+    kills = Kills(couplings_of(dense.checkpoint))
+    exported(case_of(dense.checkpoint, drop), tmp_path / "first")
+    checkpoint = opened(tmp_path / "first")
+    assert discover(build_skeleton(checkpoint, torch.float32)).couplings is None
+    again = case_of(checkpoint, kills.rows_and_columns)
+    expected = expected_logits(BlockwiseModel(checkpoint, overrides=again.overrides), PROBE)
+    facts = exported(again, tmp_path / "second")
+    assert (facts["layout"], facts["index_maps"]) == ("compact", True)
+    assert difference(logits_by_others(tmp_path / "second", facts)["stepwise"], expected) < EXACT
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "20KB"])
+def test_blocks_are_read_one_after_the_other(max_shard_size, tmp_path):
+    """Weights of one block are needed at a time: each is read once for every file it is in."""
+    case = made("qwen2", "free_widths", tmp_path, max_shard_size=max_shard_size)
+    read = []
+
+    def linears(index):
+        read.append(index)
+        return case.blocks[index]
+
+    pruned = PrunedModel(case.checkpoint, linears, case.pruned.live)
+    export_checkpoint(plan_export(pruned, "bfloat16"), tmp_path / "export", "card", {})
+    assert set(read) == set(case.blocks)
+    assert len(read) <= (3 if max_shard_size == "1GB" else 3 + len(list((tmp_path / "export").glob("*.safetensors"))))
+
+
+def test_what_the_card_says(tmp_path):
+    case = made("llama", "free_widths", tmp_path)
+    facts = exported(case, tmp_path / "export")
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert f"| bytes of weights, same type | {facts['bytes_dense']:,} | {facts['bytes']:,} |" in card
+    assert f"pruning set {facts['weights_zeroed']:,} to zero; {facts['weights_gone']:,} are not in the files" in card
+    assert "Per block: 24 to 40 MLP neurons, 3 to 4 query heads, 3 to 4 key/value heads." in card
+    assert "trust_remote_code=True" in card
+    exported(case, tmp_path / "dense", layout=ExportLayout.DENSE)
+    card = (tmp_path / "dense" / "README.md").read_text()
+    assert "The files are no smaller than those of the dense model in the same type." in card
+    assert "trust_remote_code" not in card
+
+
+def test_layers_of_the_configuration_stay(tmp_path):
+    """Settings by layer, and those that depend on a width that is not that of the MLP or the heads."""
+    case = made("qwen2", "uniform", tmp_path, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    facts = exported(case, tmp_path / "export")
+    before, after = (AutoConfig.from_pretrained(path) for path in (case.checkpoint.path, tmp_path / "export"))
+    assert after.layer_types == before.layer_types
+    assert len(set(after.layer_types)) == 2
+    assert difference(logits_by_others(tmp_path / "export", facts)["stepwise"], masked_logits(case)) < EXACT

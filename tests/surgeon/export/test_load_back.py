@@ -1,6 +1,8 @@
 """Exports that another process loads: one that knows nothing of Surgeon."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,13 @@ def test_what_does_not_load_is_an_error(tmp_path):
         ExportError, match=r"export does not load in a fresh Python process \(status 1\): .*SyntaxError"
     ):
         require_loads_back(tmp_path / "export", PROBE, torch.zeros(2, 18, 272), torch.float32, trust_remote_code=True)
+
+
+def test_the_package_imports_nothing_heavy_until_a_model_is_loaded():
+    code = "import surgeon, sys; print('torch' in sys.modules, callable(surgeon.load), 'torch' in sys.modules)"
+    root = Path(surgeon.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == "False True True\n"
 
 
 def test_probe_is_padded_on_the_left():
