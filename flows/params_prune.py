@@ -115,6 +115,7 @@ class PruneParams(Section):
     structure: _Granularity = Structure.UNITS
     widths: Widths | None = None
     multiple: Positive | None = None
+    heads: StrictBool | None = None
     rescorings: Annotated[Integer, Field(ge=0)] | None = None
     curvature: Curvature | None = None
     rank: Annotated[Integer, Field(ge=2)] | None = None
@@ -223,6 +224,7 @@ class PruneParams(Section):
             "structure": str(recipe.granularity),
             "widths": recipe.units.widths.value if recipe.units else None,
             "multiple": recipe.units.multiple if recipe.units else None,
+            "heads": recipe.units.heads if recipe.units else None,
             "rescorings": self._rescorings(),
             "curvature": curvature.kind.value,
             "rank": curvature.rank if curvature.kind is Curvature.KRONECKER_SUM else None,
@@ -257,6 +259,7 @@ class PruneParams(Section):
             granularity=self.structure,
             widths=self.widths,
             multiple=self.multiple,
+            heads=self.heads,
             rescorings=self.rescorings,
             curvature=self.curvature,
             rank=self.rank,

@@ -11,7 +11,7 @@ from flows.engine import Engine
 from flows.goal import Goal, find_goal
 from flows.params import Params
 from flows.workspace import Workspace
-from surgeon.choices import Device, Structure
+from surgeon.choices import Device, Structure, Widths
 from surgeon.correction.adapters import AdapterSettings
 from surgeon.curvature.spec import CurvatureSpec, Statistic
 from surgeon.errors import ModelError, ParameterError
@@ -204,6 +204,12 @@ class Session:
                 f"(described families: {family_names()}); use "
                 f"-S prune.structure={Structure.ROWS_AND_COLUMNS}, which needs no description, or describe the family "
                 "in surgeon/models/families.py"
+            )
+        units = self.recipe.units
+        if units and units.heads and units.widths is Widths.UNIFORM and not self.model.heads_are_free:
+            raise ParameterError(
+                f"prune.heads: the stock configuration of {self.checkpoint.source} ties the number of heads to the "
+                f"width, so equal widths cannot lose any; use prune.heads=false or prune.widths={Widths.FREE}"
             )
         if not isinstance(pattern, NMPattern):
             return

@@ -27,6 +27,7 @@ class Preferences:
         granularity: what goes as one.
         widths: of units, equal in all blocks or free.
         multiple: what a number of MLP neurons is rounded to, at least 1.
+        heads: whether key/value groups may go too, not only MLP neurons.
         rescorings: how often costs of units are taken again as units go, at least 0.
         curvature: the approximation.
         rank: Kronecker products of `kronecker-sum`, at least 2.
@@ -50,6 +51,7 @@ class Preferences:
     granularity: Granularity = Structure.UNITS
     widths: Widths | None = None
     multiple: int | None = None
+    heads: bool | None = None
     rescorings: int | None = None
     curvature: Curvature | None = None
     rank: int | None = None

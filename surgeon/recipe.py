@@ -59,11 +59,13 @@ class UnitSpec:
     Attributes:
         widths: equal in all blocks or free.
         multiple: numbers of MLP neurons are multiples of it.
+        heads: whether key/value groups may go.
         rescorings: how often costs are taken again at most as units go.
     """
 
     widths: Widths
     multiple: int
+    heads: bool
     rescorings: int
 
 
@@ -89,6 +91,8 @@ WEIGHTS_DAMPING = Damping(0.01, 0.1)
 """Default damping where weights go, in an N:M pattern or not."""
 MULTIPLES = {Widths.UNIFORM: 64, Widths.FREE: 1}
 """Default multiple of MLP widths."""
+HEADS_GO = {Widths.UNIFORM: False, Widths.FREE: True}
+"""Measured (docs/deployment.md): costs of attention are too low where a whole share of it goes from every block."""
 RESCORINGS = 32
 """Measured (docs/benchmarks.md): more change predicted costs by less than half a percent."""
 RANK = 2
@@ -146,7 +150,7 @@ def resolve(asked: Preferences, seed: int = 0) -> Recipe:
 def _units(asked: Preferences, kind: Curvature, cost: Cost) -> UnitSpec | None:
     if asked.granularity is not Structure.UNITS:
         where, reason = f"structure: {asked.granularity}", f"only {Structure.UNITS} have it"
-        for name in ("widths", "multiple", "rescorings"):
+        for name in ("widths", "multiple", "heads", "rescorings"):
             no_effect(name, getattr(asked, name), where, reason)
         return None
     rescored = cost is Cost.OBS and kind in _SINGLE_PRODUCT
@@ -159,7 +163,8 @@ def _units(asked: Preferences, kind: Curvature, cost: Cost) -> UnitSpec | None:
         no_effect("ranking", asked.ranking, f"widths: {widths}", reason)
         no_effect("allocation", asked.allocation, f"widths: {widths}", reason)
     rescorings = RESCORINGS if asked.rescorings is None else asked.rescorings
-    return UnitSpec(widths, asked.multiple or MULTIPLES[widths], rescorings if rescored else 0)
+    heads = HEADS_GO[widths] if asked.heads is None else asked.heads
+    return UnitSpec(widths, asked.multiple or MULTIPLES[widths], heads, rescorings if rescored else 0)
 
 
 def _curvature(asked: Preferences, kind: Curvature, seed: int) -> CurvatureSpec:

@@ -51,7 +51,12 @@ def mask_request(costs: Sequence[Reference], rule: MaskRule, label: str) -> Requ
         "allocation": rule.allocation,
     }
     if rule.units is not None:
-        parameters |= {"widths": rule.units.widths, "multiple": rule.units.multiple, "usage": rule.usage.parameters}
+        parameters |= {
+            "widths": rule.units.widths,
+            "multiple": rule.units.multiple,
+            "heads": rule.units.heads,
+            "usage": rule.usage.parameters,
+        }
     return Request(
         MASK,
         parameters,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from surgeon.choices import Allocation, Cost, Ranking, Resource, Widths
+from surgeon.choices import Allocation, Cost, Ranking, Resource
 from surgeon.curvature.factors import LinearFactors
 from surgeon.errors import ParameterError
 from surgeon.pruning.elimination import eliminate
@@ -137,7 +137,7 @@ def unit_masks(context: Context, costs: Sequence[Reference], rule: UnitRule) -> 
             sub.kind,
             stored[block].array(f"{sub.kind}/costs"),
             rule.usage.of(sub),
-            _permitted(model, sub, stored[block].array(f"{sub.kind}/costs").size, rule.spec),
+            _permitted(sub, stored[block].array(f"{sub.kind}/costs").size, rule.spec),
         )
         for block, sub in parts
     ]
@@ -181,12 +181,11 @@ def _allocate(curves: list[UnitCurve], model: ModelSpec, rule: UnitRule) -> Unit
     )
 
 
-def _permitted(model: ModelSpec, sub: SubLayer, n_live: int, spec: UnitSpec) -> NDArray[np.bool_]:
+def _permitted(sub: SubLayer, n_live: int, spec: UnitSpec) -> NDArray[np.bool_]:
     kept = np.arange(n_live + 1)
     if sub.kind is SubLayerKind.MLP:
         return np.asarray(kept % spec.multiple == 0)
-    # A stock model whose width is its number of heads times theirs cannot lose one.
-    return np.asarray(kept >= (0 if spec.widths is Widths.FREE or model.heads_are_free else n_live))
+    return np.asarray(kept >= (0 if spec.heads else n_live))
 
 
 def _live_parts(

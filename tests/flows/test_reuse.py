@@ -136,6 +136,7 @@ BASES: dict[str, dict[str, Any]] = {
     "sum": {"curvature": "kronecker-sum"},
     "sampled": {"targets": "sampled"},
     "newton": {"correction": "newton"},
+    "units": {"structure": "units", "widths": "free", "sparsity": 0.3},
     "adapters": {"correction": "adapters"},
 }
 """What a row of the table starts from."""
@@ -172,6 +173,14 @@ TABLE: list[tuple[str, dict[str, Any], set[str]]] = [
     ("structures", {"correction": "adapters"}, {"correction", "evaluation"}),
     ("adapters", {"adapters": {"rank": 2}}, {"correction", "evaluation"}),
     ("structures", {"shots": 2, "sparsity": 0.4, "fresh_calibration": True}, set()),
+    ("structures", {"structure": "units", "multiple": 8}, MEASURED),
+    ("units", {"widths": "uniform", "multiple": 8}, CHOICE),
+    ("units", {"multiple": 8}, CHOICE),
+    ("units", {"heads": False}, CHOICE),
+    ("units", {"rescorings": 0}, PRICE),
+    ("units", {"sparsity": None, "parameters": 11_500}, CHOICE),
+    ("units", {"sparsity": None, "size": 47_000}, CHOICE),
+    ("units", {"sparsity": None, "speedup": 1.05}, CHOICE),
 ]
 """Base, change, and the kinds of tasks of the first shot that run again."""
 

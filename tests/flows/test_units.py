@@ -91,15 +91,22 @@ def test_units_go_whole(runs: dict[str, Runs], family: str, widths: str) -> None
     assert shot.record["kept"] == {kind.value: kept for kind, kept in kept_units(pruned).items()}
 
 
+@pytest.mark.parametrize("heads", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equal_widths(runs: dict[str, Runs], family: str) -> None:
-    pruned = runs[family].prune(structure="units", multiple=8, sparsity=0.3, shots=2)
+def test_equal_widths(runs: dict[str, Runs], family: str, heads: bool) -> None:
+    settings: dict[str, Any] = {"structure": "units", "multiple": 8, "sparsity": 0.3, "shots": 2, "heads": heads}
+    if heads and not HEADS_ARE_FREE.get(family, True):
+        with pytest.raises(
+            ParameterError, match=r"prune.heads: the stock configuration of .* ties the number of heads"
+        ):
+            runs[family].prune(**settings)
+        return
+    pruned = runs[family].prune(**settings)
     kept = kept_units(pruned)
     assert all(len(set(counts)) == 1 for counts in kept.values())
     assert kept[SubLayerKind.MLP][0] % 8 == 0
-    if not HEADS_ARE_FREE.get(family, True):
-        n_groups = block_sub_layers(pruned.session.model, 0)[0].n_units
-        assert set(kept[SubLayerKind.ATTENTION]) == {n_groups}, "its stock configuration cannot lose heads"
+    if not heads:
+        assert set(kept[SubLayerKind.ATTENTION]) == {block_sub_layers(pruned.session.model, 0)[0].n_units}
 
 
 def test_free_widths_differ_and_cost_less(runs: dict[str, Runs]) -> None:
@@ -200,7 +207,7 @@ def test_speedup_is_measured_for(runs: dict[str, Runs]) -> None:
 
 def test_the_default_run_ends_with_a_smaller_stock_model(runs: dict[str, Runs]) -> None:
     run = runs["mistral"]
-    session = run.session({"structure": "units", "sparsity": 0.25, "shots": 1, "multiple": 8})
+    session = run.session({"structure": "units", "sparsity": 0.25, "shots": 1, "multiple": 8, "heads": True})
     results = run_all(session)
     dense_config = json.loads((Path(session.checkpoint.path) / "config.json").read_text())
     config = json.loads((session.workspace.export / "config.json").read_text())
@@ -240,7 +247,7 @@ class TestBadInput:
             runs["llama"].prune(structure="units", speedup=1000.0, shots=1)
 
     def test_widths_that_no_target_reaches(self, runs: dict[str, Runs]) -> None:
-        """OPT's stock configuration keeps its heads, so equal widths cannot free more than its MLPs."""
+        """Equal widths keep all heads unless told otherwise, and so cannot free more than the MLPs."""
         with pytest.raises(ParameterError, match=r"with the fewest units that widths: uniform allows .*widths: free"):
             runs["opt"].prune(structure="units", sparsity=0.9, multiple=8, shots=1)
 

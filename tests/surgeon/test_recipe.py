@@ -261,9 +261,11 @@ class TestRankingAndAllocation:
 class TestUnits:
     @pytest.mark.parametrize(("widths", "multiple"), [(None, 64), (Widths.UNIFORM, 64), (Widths.FREE, 1)])
     def test_defaults(self, widths: Widths | None, multiple: int) -> None:
-        assert resolve(Preferences(widths=widths)).units == UnitSpec(widths or Widths.UNIFORM, multiple, 32)
-        given = Preferences(widths=widths, multiple=8, rescorings=0)
-        assert resolve(given).units == UnitSpec(widths or Widths.UNIFORM, 8, 0)
+        assert resolve(Preferences(widths=widths)).units == UnitSpec(
+            widths or Widths.UNIFORM, multiple, widths is Widths.FREE, 32
+        )
+        given = Preferences(widths=widths, multiple=8, heads=True, rescorings=0)
+        assert resolve(given).units == UnitSpec(widths or Widths.UNIFORM, 8, True, 0)
 
     def test_costs_that_are_not_taken_again(self) -> None:
         for given in ({"curvature": Curvature.EKFAC}, {"method": Method.K_OBD}):
@@ -274,7 +276,7 @@ class TestUnits:
     @pytest.mark.parametrize("granularity", [BOTH, WEIGHTS, PATTERN], ids=str)
     def test_of_others(self, granularity: Any) -> None:
         assert resolve(Preferences(granularity=granularity)).units is None
-        for given in ({"widths": Widths.FREE}, {"multiple": 8}, {"rescorings": 8}):
+        for given in ({"widths": Widths.FREE}, {"multiple": 8}, {"heads": False}, {"rescorings": 8}):
             (name,) = given
             refused(f"{name}: .* has no effect with structure: {granularity}", granularity=granularity, **given)
 
