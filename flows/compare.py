@@ -10,7 +10,7 @@ from flows.card import describe_settings
 from flows.compare_files import write_comparison
 from flows.compare_spec import Run, shots_of
 from flows.comparison import Cell, Comparison, Row, Table, Usage
-from flows.prune import prune, require_space
+from flows.prune import prune, require_possible
 from flows.results import provenance
 from flows.session import Session
 from flows.shot import Shot
@@ -70,7 +70,7 @@ def _run(session: Session, run: Run) -> tuple[list[Cell], dict[str, Reference]]:
     """Makes or finds one run; returns its cells and all results that it used, by key."""
     numbers = shots_of(run)
     try:
-        require_space(session)
+        require_possible(session)
         shots = prune(session)
     except InputError:
         raise

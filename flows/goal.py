@@ -12,7 +12,7 @@ import torch
 from surgeon.choices import Resource
 from surgeon.errors import ParameterError
 from surgeon.models.checkpoint import find_weight_files, read_headers
-from tasks.units import WEIGHTS, Usage, block_sub_layers, dense_usage
+from tasks.units import WEIGHTS, UnitRule, Usage, block_sub_layers, dense_usage, require_reachable
 
 if TYPE_CHECKING:
     from flows.session import Session
@@ -55,6 +55,21 @@ def find_goal(session: "Session") -> Goal:
     if given.speedup is not None:
         return _speedup(session, given.speedup)
     return Goal(given.target_sparsity, WEIGHTS, f"sparsity: {given.target_sparsity:g}")
+
+
+def require_goal(session: "Session") -> None:
+    """Refuses a target that no widths of the model reach.
+
+    Raises:
+        ParameterError: saying what is left at least.
+    """
+    recipe, goal = session.recipe, session.goal
+    if recipe.units is not None:
+        rule = UnitRule(goal.fraction, goal.usage, recipe.units, recipe.ranking, recipe.allocation)
+        try:
+            require_reachable(session.model, rule)
+        except ParameterError as error:
+            raise ParameterError(f"prune.{goal.asked}: {error}") from error
 
 
 def _parameters(session: "Session", dense: int, target: int, asked: str) -> Goal:

@@ -1,5 +1,6 @@
 """The prune flow: shots one after the other, each on the model that the one before left."""
 
+from flows.goal import require_goal
 from flows.session import Session
 from flows.shot import Shot, ShotRun
 from surgeon.choices import Keep
@@ -19,13 +20,15 @@ def shot_target(fraction: float, number: int, shots: int) -> float:
     return round(fraction * number / shots, 12)
 
 
-def require_space(session: Session) -> None:
-    """Refuses to start shots whose results will not fit on the disk.
+def require_possible(session: Session) -> None:
+    """Refuses to start shots that cannot reach the target, or whose results will not fit on the disk.
 
     Raises:
+        ParameterError: no widths reach the target.
         StoreError: naming path, needed and free space.
     """
     pruning, model = session.params.prune, session.model
+    require_goal(session)
     state: ModelState | None = session.dense
     finished = 0
     while state is not None and finished < pruning.shots:

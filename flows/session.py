@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from flows.engine import Engine
-from flows.goal import Goal, find_goal
+from flows.goal import Goal, find_goal, require_goal
 from flows.params import Params
 from flows.workspace import Workspace
 from surgeon.choices import Device, Structure, Widths
@@ -173,7 +173,7 @@ class Session:
         require_separate(self.sequence_spec().text, self.window_spec().text)
         self.check_structure()
         if self.params.prune.speedup is None:  # which takes measuring, and so comes with the first shot
-            _ = self.goal
+            require_goal(self)
         self.workspace.store.mkdir(parents=True, exist_ok=True)
         _ = self.context
 

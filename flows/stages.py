@@ -13,7 +13,7 @@ from typing import Any
 from flows.benchmark import current_benchmark, measure_export
 from flows.card import model_card
 from flows.destination import require_destination
-from flows.prune import prune, require_space
+from flows.prune import prune, require_possible
 from flows.results import build_results, provenance
 from flows.session import Session
 from flows.shot import Shot
@@ -68,7 +68,7 @@ def evaluate(session: Session) -> None:
 
 def prune_stage(session: Session) -> None:
     """Runs all shots, then writes the manifest and the view."""
-    require_space(session)
+    require_possible(session)
     shots = prune(session)
     references = {
         "calibration/sequences": session.calibration(),
@@ -187,7 +187,7 @@ def run_all(session: Session) -> dict[str, Any]:
             run_stage(session, name)
             if name == "calibrate":
                 session.engine.observer.plan(WorkPlan.of(session))
-                require_space(session)
+                require_possible(session)
 
     session.engine.stage("run", body)
     return write_results(session)

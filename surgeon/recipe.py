@@ -89,8 +89,8 @@ STRUCTURED_DAMPING = Damping(0.01, 0.1)
 """Default damping where whole rows and columns go."""
 WEIGHTS_DAMPING = Damping(0.01, 0.1)
 """Default damping where weights go, in an N:M pattern or not."""
-MULTIPLES = {Widths.UNIFORM: 64, Widths.FREE: 1}
-"""Default multiple of MLP widths."""
+MULTIPLES = {Widths.UNIFORM: 64, Widths.FREE: 8}
+"""Default multiple of MLP widths. Measured (docs/deployment.md): even 64 costs free widths nothing."""
 HEADS_GO = {Widths.UNIFORM: False, Widths.FREE: True}
 """Measured (docs/deployment.md): costs of attention are too low where a whole share of it goes from every block."""
 RESCORINGS = 32

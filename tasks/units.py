@@ -73,15 +73,14 @@ def block_sub_layers(model: ModelSpec, block: int) -> tuple[SubLayer, SubLayer]:
 
 def output_linears(model: ModelSpec) -> tuple[str, ...]:
     """Names of the linears whose columns read units, in any block."""
-    outputs = (sub.output for block in range(model.n_blocks) for sub in block_sub_layers(model, block))
-    return tuple(dict.fromkeys(outputs))
+    return tuple(dict.fromkeys(sub.output for _, sub in _parts(model)))
 
 
 def dense_usage(model: ModelSpec, usage: Usage) -> float:
     """What the dense model uses: for weights all those of decoder linears, else what its units use."""
     if usage.resource is Resource.WEIGHTS:
         return float(model.n_weights)
-    return float(sum(usage.of(sub)[-1] for block in range(model.n_blocks) for sub in block_sub_layers(model, block)))
+    return float(sum(usage.of(sub)[-1] for _, sub in _parts(model)))
 
 
 def unit_costs(
@@ -130,17 +129,8 @@ def unit_masks(context: Context, costs: Sequence[Reference], rule: UnitRule) -> 
     """Live rows and columns of all linears of the model after a shot, one after the other; and facts."""
     model, store = context.model, Store(context.store)
     stored = [store.open(reference.key) for reference in costs]
-    parts = [(block, sub) for block in range(model.n_blocks) for sub in block_sub_layers(model, block)]
-    curves = [
-        UnitCurve(
-            f"block {block}, {sub.kind}",
-            sub.kind,
-            stored[block].array(f"{sub.kind}/costs"),
-            rule.usage.of(sub),
-            _permitted(sub, stored[block].array(f"{sub.kind}/costs").size, rule.spec),
-        )
-        for block, sub in parts
-    ]
+    parts = _parts(model)
+    curves = [_curve(block, sub, stored[block].array(f"{sub.kind}/costs"), rule) for block, sub in parts]
     allocation = _allocate(curves, model, rule)
     rows, columns, blocks = [], [], []
     n_live = 0
@@ -163,6 +153,25 @@ def unit_masks(context: Context, costs: Sequence[Reference], rule: UnitRule) -> 
         },
         "blocks": blocks,
     }
+
+
+def require_reachable(model: ModelSpec, rule: UnitRule) -> None:
+    """Finds out whether any widths of the dense model meet a target, whatever they cost.
+
+    Raises:
+        ParameterError: none do.
+    """
+    _allocate([_curve(block, sub, np.zeros(sub.n_units), rule) for block, sub in _parts(model)], model, rule)
+
+
+def _parts(model: ModelSpec) -> list[tuple[int, SubLayer]]:
+    """All sub-layers of the model, with their blocks."""
+    return [(block, sub) for block in range(model.n_blocks) for sub in block_sub_layers(model, block)]
+
+
+def _curve(block: int, sub: SubLayer, costs: NDArray[np.float64], rule: UnitRule) -> UnitCurve:
+    permitted = _permitted(sub, costs.size, rule.spec)
+    return UnitCurve(f"block {block}, {sub.kind}", sub.kind, costs, rule.usage.of(sub), permitted)
 
 
 def _allocate(curves: list[UnitCurve], model: ModelSpec, rule: UnitRule) -> UnitAllocation:

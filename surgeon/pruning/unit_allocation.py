@@ -93,8 +93,9 @@ def allocate_units(curves: Sequence[UnitCurve], budget: float, widths: Widths, r
     least = _least_usage(curves, widths)
     if least > budget * (1 + _ROUNDING):
         raise ParameterError(
-            f"the target leaves the decoder blocks {budget:,.4g}, but with the fewest units that widths: {widths} "
-            f"allows they still use {least:,.4g}; ask for less, or for widths: {Widths.FREE}"
+            f"the target leaves the units of the decoder blocks {max(budget, 0.0):,.6g}, but with the fewest units "
+            f"that widths: {widths} may keep they still use {least:,.6g}; ask for less, for a smaller multiple, for "
+            f"heads: true, or for widths: {Widths.FREE}"
         )
     kept, threshold = _equal(curves, budget) if widths is Widths.UNIFORM else _free(curves, budget, ranking)
     return UnitAllocation(

@@ -174,7 +174,7 @@ def test_a_sub_layer_can_go_whole(runs: dict[str, Runs]) -> None:
 def test_targets_people_think_in(runs: dict[str, Runs], target: dict[str, int]) -> None:
     """The exported model has at most that many parameters or bytes, and little less."""
     run = runs["llama"]
-    session = run.session({"structure": "units", "widths": "free", "shots": 2, **target})
+    session = run.session({"structure": "units", "widths": "free", "multiple": 1, "shots": 2, **target})
     export = run_all(session)["export"]
     (most,) = target.values()
     if "parameters" in target:
@@ -246,14 +246,13 @@ class TestBadInput:
         with pytest.raises(ParameterError, match=r"speedup: 1000 is out of reach: .* times as fast here"):
             runs["llama"].prune(structure="units", speedup=1000.0, shots=1)
 
-    def test_widths_that_no_target_reaches(self, runs: dict[str, Runs]) -> None:
-        """Equal widths keep all heads unless told otherwise, and so cannot free more than the MLPs."""
-        with pytest.raises(ParameterError, match=r"with the fewest units that widths: uniform allows .*widths: free"):
-            runs["opt"].prune(structure="units", sparsity=0.9, multiple=8, shots=1)
-
-    def test_multiple_wider_than_the_model(self, runs: dict[str, Runs]) -> None:
-        with pytest.raises(ParameterError, match="with the fewest units"):
-            runs["opt"].prune(structure="units", sparsity=0.2, shots=1)
+    @pytest.mark.parametrize("settings", [{"sparsity": 0.9, "multiple": 8}, {"sparsity": 0.2}], ids=str)
+    def test_widths_that_no_target_reaches(self, runs: dict[str, Runs], settings: dict[str, Any]) -> None:
+        """Equal widths keep all heads unless told otherwise, and multiples of 64 are the whole MLP here."""
+        with pytest.raises(
+            ParameterError, match=r"prune.sparsity: 0\..: the target leaves .* widths: uniform may keep"
+        ):
+            runs["opt"].session({"structure": "units", **settings})
 
 
 def test_usage_counts_biases_only_among_parameters(runs: dict[str, Runs]) -> None:

@@ -259,7 +259,7 @@ class TestRankingAndAllocation:
 
 
 class TestUnits:
-    @pytest.mark.parametrize(("widths", "multiple"), [(None, 64), (Widths.UNIFORM, 64), (Widths.FREE, 1)])
+    @pytest.mark.parametrize(("widths", "multiple"), [(None, 64), (Widths.UNIFORM, 64), (Widths.FREE, 8)])
     def test_defaults(self, widths: Widths | None, multiple: int) -> None:
         assert resolve(Preferences(widths=widths)).units == UnitSpec(
             widths or Widths.UNIFORM, multiple, widths is Widths.FREE, 32

@@ -117,7 +117,7 @@ def test_time_that_does_not_fall_is_not_paid_for() -> None:
 
 @pytest.mark.parametrize("widths", Widths)
 def test_a_budget_out_of_reach_is_refused(widths: Widths) -> None:
-    with pytest.raises(ParameterError, match="with the fewest units"):
+    with pytest.raises(ParameterError, match="with the fewest units that"):
         allocate_units([curve([1.0] * 4)], -1.0, widths, PER_RESOURCE)
 
 
