@@ -18,6 +18,7 @@ from surgeon.errors import ParameterError
 from surgeon.preferences import Preferences
 from surgeon.pruning.granularity import NMPattern, is_structured
 from surgeon.recipe import resolve
+from tasks.units import block_sub_layers
 from tests.flows.project import slow
 from tests.flows.sessions import Pruned, Runs, StoppedError, small_inputs
 
@@ -80,6 +81,7 @@ ALWAYS = (
     *("magnitude weights identity", "l-obd columns activations", "k-obd 2:4 kfac"),
     *("wanda weights activations", "wanda 2:4 activations", "sparsegpt weights activations"),
     *("llm-surgeon rows-and-columns ekfac", "llm-surgeon weights kfac", "llm-surgeon 2:4 ekfac"),
+    *("llm-surgeon units kfac", "l-obd units activations"),
     *("llm-surgeon rows diagonal", "llm-surgeon weights kronecker-sum", "llm-surgeon columns nearest-kronecker"),
 )
 """Combinations that a quick run has too; each name of a method, structure and curvature is among them."""
@@ -92,7 +94,7 @@ def named(settings: dict[str, Any]) -> str:
 def test_combinations_are_all_there() -> None:
     names = {named(settings) for settings in combinations()}
     # Three methods with one curvature and all structures, two for single weights, and all curvatures of llm-surgeon.
-    assert len(names) == 3 * 5 + 2 * 2 + 5 * 7
+    assert len(names) == 3 * 6 + 2 * 2 + 6 * 7
     assert set(ALWAYS) <= names
     parts = {part for name in ALWAYS for part in name.split()}
     assert parts == {*Method, *(str(granularity) for granularity in GRANULARITIES), *Curvature}
@@ -104,9 +106,10 @@ def test_combinations_are_all_there() -> None:
     + [pytest.param(s, id=named(s), marks=pytest.mark.slow if s in SELDOM else ()) for s in VARIANTS],
 )
 def test_two_shots(shared: Runs, settings: dict[str, Any]) -> None:
-    settings = {
-        "sparsity": 0.3 if settings["structure"] in ("rows", "columns", "rows-and-columns") else 0.45
-    } | settings
+    structured = settings["structure"] in ("units", "rows", "columns", "rows-and-columns")
+    settings = {"sparsity": 0.3 if structured else 0.45} | settings
+    if settings["structure"] == "units":
+        settings |= {"widths": "free", "multiple": 1}
     if ":" in settings["structure"] and settings["sparsity"] == 0.45:
         settings["sparsity"] = None
     done = shared.prune(shots=2, **settings)
@@ -135,6 +138,8 @@ def assert_sparsity(done: Pruned, shot: Shot, linears: dict[Any, Any]) -> None:
     if is_structured(recipe.granularity):
         per_linear = recipe.allocation is Allocation.PER_LAYER
         most = sum(max(m.shape) for m in masks) if per_linear else max(max(m.shape) for m in masks)
+        if recipe.granularity is Structure.UNITS:
+            most = max(sub.weights_per_unit for sub in block_sub_layers(done.session.model, 0))
         assert n_gone - target * n_weights < most or shot.record["n_removed"] == 0
         return
     assert n_gone == sum(expected_weights(done, target, [m.shape for m in masks]))
