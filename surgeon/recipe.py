@@ -87,6 +87,8 @@ class Recipe:
 
 STRUCTURED_DAMPING = Damping(0.01, 0.1)
 """Default damping where whole rows and columns go."""
+UNITS_DAMPING = Damping(0.03, 0.1)
+"""Default damping where coupled units go (measured: docs/deployment.md)."""
 WEIGHTS_DAMPING = Damping(0.01, 0.1)
 """Default damping where weights go, in an N:M pattern or not."""
 MULTIPLES = {Widths.UNIFORM: 64, Widths.FREE: 8}
@@ -263,6 +265,7 @@ def _damping(asked: Preferences, kind: Curvature, cost: Cost, rule: UpdateRule) 
         no_effect("damping.gradients", gradients, where, reason)
         return Damping(0.0, 0.0)
     default = STRUCTURED_DAMPING if is_structured(asked.granularity) else WEIGHTS_DAMPING
+    default = UNITS_DAMPING if asked.granularity is Structure.UNITS else default
     if kind in _WITHOUT_GRADIENTS:
         no_effect("damping.gradients", gradients, f"curvature: {kind}", "which has no factor of gradients")
         default = replace(default, gradients=0.0)
