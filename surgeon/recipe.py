@@ -87,8 +87,8 @@ class Recipe:
 
 STRUCTURED_DAMPING = Damping(0.01, 0.1)
 """Default damping where whole rows and columns go."""
-UNITS_DAMPING = Damping(0.03, 0.1)
-"""Default damping where coupled units go (measured: docs/deployment.md)."""
+UNITS_DAMPING = Damping(0.1, 0.1)
+"""Default damping where coupled units go (measured: docs/benchmarks.md)."""
 WEIGHTS_DAMPING = Damping(0.01, 0.1)
 """Default damping where weights go, in an N:M pattern or not."""
 MULTIPLES = {Widths.UNIFORM: 64, Widths.FREE: 8}

@@ -362,7 +362,7 @@ class TestResolved:
             "targets": "empirical",
             "cost": "obs",
             "update": "exact",
-            "damping": {"activations": 0.03, "gradients": None},
+            "damping": {"activations": 0.1, "gradients": None},
             "correction": "none",
             "fresh_calibration": False,
         }

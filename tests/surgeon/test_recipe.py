@@ -192,10 +192,10 @@ class TestDamping:
 
     def test_of_units(self) -> None:
         """Only the factor of activations is inverted, but for a Newton step or a sum of products."""
-        assert resolve(Preferences()).damping == Damping(0.03, 0.0)
+        assert resolve(Preferences()).damping == Damping(0.1, 0.0)
         refused("damping.gradients: 0.1 has no effect with structure: units .*columns", damping_gradients=0.1)
         for given in ({"correction": Correction.NEWTON}, {"curvature": Curvature.EKFAC}):
-            assert resolve(Preferences(**given)).damping == Damping(0.03, 0.1)  # type: ignore[arg-type]
+            assert resolve(Preferences(**given)).damping == Damping(0.1, 0.1)  # type: ignore[arg-type]
 
     def test_without_gradients(self) -> None:
         given: dict[str, Any] = {"granularity": WEIGHTS, "method": Method.SPARSEGPT}
