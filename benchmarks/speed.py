@@ -36,6 +36,7 @@ from surgeon.passes.blockwise import BlockwiseModel
 from surgeon.passes.curvature import GroupPass, TokenArray, curvature_group, observed_block
 from surgeon.passes.loss import next_token_loss
 from tasks.stage import read_arrays
+from tasks.units import output_linears
 
 _LIBRARY = {
     "curvature": ("tasks.measuring.curvature_group", "tasks.measuring.forward_group"),
@@ -45,6 +46,9 @@ _LIBRARY = {
         "tasks.costs.weight_costs",
         "tasks.mask.allocate",
         "tasks.mask.select_weights",
+        "tasks.units.live_linear",
+        "tasks.units.eliminate",
+        "tasks.units.allocate_units",
         "tasks.update.live_linear",
         "tasks.update.update_structures",
         "tasks.update.update_weights",
@@ -56,8 +60,10 @@ _LIBRARY = {
 
 
 def default_session(project: Path) -> Session:
-    """A session with the default parameters and no server."""
-    return Session(load_params(None, ["run.engine=inline"]), Workspace(project.resolve()), InlineEngine())
+    """A session with the default parameters and no server; the exported model's speed is another benchmark."""
+    return Session(
+        load_params(None, ["run.engine=inline", "benchmark.rounds=0"]), Workspace(project.resolve()), InlineEngine()
+    )
 
 
 def bare_pass(model: PreTrainedModel, tokens: TokenArray, batch_size: int) -> None:
@@ -69,10 +75,12 @@ def bare_pass(model: PreTrainedModel, tokens: TokenArray, batch_size: int) -> No
         torch.autograd.grad(loss, hidden)
 
 
-def kfac_pass(model: BlockwiseModel, tokens: TokenArray, batch_size: int) -> None:
-    """The pass for the factors of K-FAC of all blocks."""
+def kfac_pass(
+    model: BlockwiseModel, tokens: TokenArray, batch_size: int, linears: tuple[str, ...] | None = None
+) -> None:
+    """The pass for the factors of K-FAC of all blocks, of all linears or of those named."""
     blocks = range(model.n_blocks)
-    seen = {index: observed_block(model, index) for index in blocks}
+    seen = {index: observed_block(model, index, linears) for index in blocks}
     observers = {index: (InputObserver(block), OutputObserver(block)) for index, block in seen.items()}
     curvature_group(model, GroupPass(tokens, blocks, batch_size), observers)
     for inputs, outputs in observers.values():
@@ -115,6 +123,7 @@ def passes(session: Session, rounds: int) -> None:
     kinds: dict[str, Callable[[], Any]] = {
         "bare forward + backward": lambda: bare_pass(stock, tokens, batch),
         "curvature pass": lambda: kfac_pass(ours, tokens, batch),
+        "curvature pass for units": lambda: kfac_pass(ours, tokens, batch, output_linears(session.model)),
         "triangular products alone": lambda: [
             products(list(squares.items()), batch * tokens.shape[1]) for _ in range(n_batches)
         ],
@@ -126,14 +135,18 @@ def passes(session: Session, rounds: int) -> None:
                 times[name].append(seconds(body))
     medians = {name: statistics.median(values) for name, values in times.items()}
     floor = medians["bare forward + backward"]
-    ratios = [c / b for c, b in zip(times["curvature pass"], times["bare forward + backward"], strict=True)]
+    ratios = {
+        name: [c / b for c, b in zip(times[name], times["bare forward + backward"], strict=True)]
+        for name in ("curvature pass", "curvature pass for units")
+    }
     print(f"{tokens.size} tokens, batches of {batch} x {tokens.shape[1]}, {torch.get_num_threads()} threads\n")
     print("| | seconds (median) | of the floor |\n|---|---|---|")
     for name, value in medians.items():
         print(f"| {name} | {value:.2f} | {value / floor:.2f} |")
-    print(
-        f"\ncurvature pass / floor by round: {', '.join(f'{r:.2f}' for r in ratios)}; median {np.median(ratios):.2f}\n"
-    )
+    for name, values in ratios.items():
+        rounds_ = ", ".join(f"{value:.2f}" for value in values)
+        print(f"\n{name} / floor by round: {rounds_}; median {np.median(values):.2f}")
+    print()
 
 
 @contextmanager
