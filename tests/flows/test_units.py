@@ -149,6 +149,19 @@ def test_only_output_linears_are_measured_for_costs(runs: dict[str, Runs]) -> No
     assert (arrays["mlp/costs"] >= 0).all() and np.isfinite(arrays["mlp/costs"]).all()
 
 
+def test_statistics_are_of_output_linears_alone(runs: dict[str, Runs]) -> None:
+    """And the same to the bit as when all linears are measured."""
+    units = runs["llama-gqa-tied"].prune(structure="units", widths="free", sparsity=0.2, shots=1)
+    everything = runs["llama-gqa-tied"].prune(sparsity=0.2, shots=1)
+    context, outputs = units.session.context, {"self_attn.o_proj", "mlp.down_proj"}
+    for kind in ("input-factors", "output-factors"):
+        label = f"shot-01/block-01/{kind}"
+        few, many = (read_arrays(context, run.references[label].key) for run in (units, everything))
+        assert {name.split("/")[0] for name in few} == outputs
+        assert len(many) > len(few)
+        assert all(np.array_equal(values, many[name]) for name, values in few.items())
+
+
 def test_costs_serve_every_target(runs: dict[str, Runs]) -> None:
     """Another sparsity, other widths or another multiple take only masks and updates."""
     run = runs["qwen2"]
