@@ -38,6 +38,8 @@ from surgeon.curvature.interface import LinearCurvature
 from surgeon.errors import NumericalError
 from surgeon.recipe import Damping
 
+_BATCH_ENTRIES = 1 << 22
+"""Numbers in the largest batch of matrices that is formed at once."""
 _FLOOR = 1e-6
 """Least value of Ŝ of a sum of products, where 1 is that of its first, before damping is raised."""
 
@@ -126,12 +128,14 @@ class DiagonalisedCurvature(LinearCurvature):
             if cost is Cost.OBD:
                 along = rotated[:, q] @ self._columns.primal[q]
                 costs[group] = 0.5 * (along.square() * self._spectrum).sum()
-            else:
+            elif q.numel():
                 basis = self._columns.dual[q]
-                for k, row in enumerate(rotated[:, q]):
-                    inverse = (basis / self._damped_spectrum[k]) @ basis.T
-                    solved = torch.cholesky_solve(row[:, None], torch.linalg.cholesky(inverse))
-                    costs[group] += 0.5 * (row @ solved[:, 0])
+                at_a_time = max(1, _BATCH_ENTRIES // basis.numel())
+                parts = (torch.split(m, at_a_time) for m in (rotated[:, q], self._damped_spectrum))
+                for rows, spectra in zip(*parts, strict=True):
+                    inverses = (basis / spectra[:, None, :]) @ basis.T
+                    solved = torch.cholesky_solve(rows[:, :, None], torch.linalg.cholesky(inverses))
+                    costs[group] += 0.5 * (rows * solved[:, :, 0]).sum()
         return costs
 
     def weight_scales(self, cost: Cost) -> Tensor:
