@@ -181,7 +181,7 @@ def evaluate(
 
     given = [*(override or []), *([f"model.source={model}"] if model else [])]
     with _session(project, params, given, quiet or as_json, engine) as session:
-        session.check()
+        session.check(is_pruned=model is None)
         if model:
             facts = evaluate_other(session)
         else:

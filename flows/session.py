@@ -161,8 +161,11 @@ class Session:
         evaluate = self.params.evaluate
         return WindowSpec(evaluate.text.spec(), evaluate.windows, evaluate.length)
 
-    def check(self) -> None:
+    def check(self, *, is_pruned: bool = True) -> None:
         """Finds bad input before any long work: model, texts, lengths, device, store.
+
+        Args:
+            is_pruned: whether the parameters of `prune` are about this model; another is only evaluated.
 
         Raises:
             InputError: naming what is wrong and what to do.
@@ -171,14 +174,15 @@ class Session:
         require_length(self.model, self.params.calibrate.length, "calibrate.length")
         require_length(self.model, self.params.evaluate.length, "evaluate.length")
         require_separate(self.sequence_spec().text, self.window_spec().text)
-        self.check_structure()
-        if self.params.prune.speedup is None:  # which takes measuring, and so comes with the first shot
+        if is_pruned:
+            self.check_structure()
+        if is_pruned and self.params.prune.speedup is None:  # which takes measuring, and so comes with the first shot
             require_goal(self)
         self.workspace.store.mkdir(parents=True, exist_ok=True)
         _ = self.context
 
     def check_prunable(self) -> None:
-        """Refuses a model that can be evaluated but not pruned: an export whose linears need index maps.
+        """Refuses a model that can be evaluated but not pruned: one with index maps, or a block without linears.
 
         Raises:
             ModelError: naming the model.
@@ -190,6 +194,13 @@ class Session:
                 "what the model around them has. It can be evaluated but not pruned again; prune the model it was made "
                 "from, or an export of that with export.layout=dense"
             )
+        empty = [str(index) for index, block in enumerate(self.model.blocks) if not block]
+        if empty:
+            raise ModelError(
+                f"{self.checkpoint.source} has no linears any more in {len(empty)} of its blocks "
+                f"({', '.join(empty[:8])}), whose attention and MLP are gone. It can be evaluated but not pruned "
+                "again; prune the model it was made from, or an export of that with export.layout=dense"
+            )
 
     def check_structure(self) -> None:
         """Refuses units of a model whose couplings are unknown, and N:M where a linear's inputs do not divide.
@@ -199,6 +210,13 @@ class Session:
         """
         pattern = self.params.prune.structure
         if pattern is Structure.UNITS and self.model.couplings is None:
+            if is_compact(self.checkpoint.path):
+                self.check_prunable()
+                raise ParameterError(
+                    f"prune.structure: {pattern}: blocks of {self.checkpoint.source} have no attention or no MLP any "
+                    "more, so its units are not known; prune the model it was made from to a higher target, or use "
+                    f"another -S prune.structure, such as {Structure.WEIGHTS}"
+                )
             raise ParameterError(
                 f"prune.structure: {pattern}: what belongs together in {self.checkpoint.source} is not known "
                 f"(described families: {family_names()}); use "

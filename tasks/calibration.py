@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from surgeon.errors import TextError
 from surgeon.models import Checkpoint
+from surgeon.models.quiet import quiet_transformers
 from surgeon.store import Reference
 from surgeon.text import (
     SequenceOrder,
@@ -52,9 +53,10 @@ class WindowSpec:
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The tokenizer of a local checkpoint."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        checkpoint.path, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
-    )
+    with quiet_transformers():  # which does not know the model type of a compact export, and need not
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            checkpoint.path, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
+        )
     return tokenizer
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.export.facts import CARD_FACTS, describe, export_facts
-from surgeon.export.plan import MODELLING_NAME, ExportPlan
+from surgeon.export.plan import ExportPlan
 from surgeon.export.safetensors_stream import write_safetensors
 from surgeon.export.tensors import ExportTensors
 from surgeon.models import compact
@@ -24,7 +24,7 @@ from surgeon.store.files import is_stale, temporary_name
 RECORD_NAME = "surgeon.json"
 CARD_NAME = "README.md"
 _NOT_COPIED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".safetensors", ".gguf", ".msgpack", ".h5", ".onnx")
-_NAMES_NOT_COPIED = (RECORD_NAME, INDEX_NAME, MODELLING_NAME)
+_NAMES_NOT_COPIED = (RECORD_NAME, INDEX_NAME, compact.MODELLING_NAME)
 """What is written anew: a source that is itself an export has files of these names."""
 
 
@@ -81,7 +81,7 @@ def _write(
             shutil.copyfile(file, directory / file.name)
     _write_text(directory / CONFIG_NAME, json.dumps(plan.config, indent=2) + "\n")
     if str(plan.config.get("model_type", "")).startswith(compact.PREFIX):
-        shutil.copyfile(str(compact.__file__), directory / MODELLING_NAME)
+        shutil.copyfile(str(compact.__file__), directory / compact.MODELLING_NAME)
     facts = _write_weights(plan, directory)
     facts["largest_logit_difference"] = check(directory) if check is not None else 0.0
     _write_text(directory / CARD_NAME, card.replace(CARD_FACTS, describe(facts)))

@@ -15,10 +15,9 @@ from surgeon.export.layout import Layout, block_layout
 from surgeon.export.stock import DenseModel, base_config, stock_config
 from surgeon.models import Checkpoint, build_skeleton, discover
 from surgeon.models.checkpoint import CONFIG_NAME
-from surgeon.models.compact import CLASS_PREFIX, FORMAT, PREFIX
+from surgeon.models.compact import CLASS_PREFIX, FORMAT, MODELLING_NAME, PREFIX
 from surgeon.pruning.linear import PrunedLinear
 
-MODELLING_NAME = "modeling_pruned.py"
 INDEX_BYTES = 8
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from surgeon.errors import ModelError
-from surgeon.models.compact import IndexedLinear
+from surgeon.models.compact import Constant, IndexedLinear
 from surgeon.models.families import AttentionCoupling, Family, MlpCoupling, QkvLayout, family_names, find_family
 
 
@@ -100,7 +100,7 @@ def _find_blocks(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[str,
         if is_candidate and not any(path.startswith(f"{outer}.") for outer, _ in found):
             assert isinstance(module, nn.ModuleList)
             found.append((path, module))
-    with_linears = [(path, blocks) for path, blocks in found if any(_linears(block) for block in blocks)]
+    with_linears = [(path, blocks) for path, blocks in found if any(_has_linears(block) for block in blocks)]
     if with_linears:
         return max(with_linears, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
     name = type(model).__name__
@@ -123,6 +123,11 @@ def _has_weight(module: nn.Module) -> bool:
 
 def _linears(block: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, module in block.named_modules() if isinstance(module, nn.Linear))
+
+
+def _has_linears(block: nn.Module) -> bool:
+    """Whether a block has linears, or had some before it was pruned."""
+    return any(isinstance(module, nn.Linear | Constant) for module in block.modules())
 
 
 def _described(family: Family) -> set[str]:

@@ -12,6 +12,7 @@ same goes for any other model of transformers. `config.pruned`:
 read, and index buffers say which is which. A linear without rows or columns is a constant: its bias, or zero.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 PREFIX = "pruned_"
 CLASS_PREFIX = "Pruned"
+MODELLING_NAME = "modeling_pruned.py"
+"""Name of this file beside the weights; `auto_map` in the configuration names it."""
 FORMAT = 1
 
 
@@ -149,7 +152,14 @@ def model_class(base: type[Any]) -> type[Any]:
         base.__init__(self, config, *args, **kwargs)
         shrink(self, getattr(config, "pruned", None))
 
-    return _class(base, {"config_class": config_class(base.config_class), "__init__": __init__})
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Saves this file too: transformers does so only for a model that it has loaded with `trust_remote_code`."""
+        base.save_pretrained(self, save_directory, *args, **kwargs)
+        if Path(save_directory).is_dir():
+            (Path(save_directory) / MODELLING_NAME).write_bytes(Path(__file__).read_bytes())
+
+    methods = {"__init__": __init__, "save_pretrained": save_pretrained}
+    return _class(base, {"config_class": config_class(base.config_class), **methods})
 
 
 def _class(base: type[Any], attributes: dict[str, Any]) -> type[Any]:

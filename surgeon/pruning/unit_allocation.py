@@ -194,10 +194,10 @@ def _least_usage(curves: Sequence[UnitCurve], widths: Widths) -> float:
     for kind, own in _by_kind(curves).items():
         common = _common(own)
         if not common.size:
+            remedy = "a smaller multiple" if kind is SubLayerKind.MLP else "heads: true"
             raise ParameterError(
                 f"widths: {Widths.UNIFORM}: no permitted number of units of the {kind} fits into all blocks, the "
-                f"smallest of which has {min(c.n_live for c in own)}; ask for a smaller multiple, or for widths: "
-                f"{Widths.FREE}"
+                f"smallest of which has {min(c.n_live for c in own)}; ask for {remedy}, or for widths: {Widths.FREE}"
             )
         total += float(sum(c.usage[common[0]] for c in own))
     return total

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from flows.stages import run_all
 from surgeon.choices import Resource
-from surgeon.errors import ParameterError
+from surgeon.errors import InputError, ParameterError
 from surgeon.models.families import QkvLayout
 from surgeon.pruning.units import SubLayerKind
 from tasks.stage import read_arrays
 from tasks.units import WEIGHTS, Usage, block_sub_layers, dense_usage
-from tests.flows.project import write_text
+from tests.flows.project import Project, write_text
 from tests.flows.sessions import Pruned, Runs
 from tests.surgeon.conftest import make_falcon
 
@@ -172,7 +172,7 @@ def test_costs_serve_every_target(runs: dict[str, Runs]) -> None:
         assert not kinds["costs"] and not kinds["input-factors"] and not kinds["curvature"]
 
 
-def test_a_sub_layer_can_go_whole(runs: dict[str, Runs]) -> None:
+def test_a_sub_layer_can_go_whole(runs: dict[str, Runs], tmp_path: Path) -> None:
     """With nine tenths to remove, blocks lose their attention or their MLP, and the export still loads back."""
     run = runs["llama-gqa-tied"]
     session = run.session({"structure": "units", "widths": "free", "sparsity": 0.9, "shots": 1})
@@ -181,6 +181,25 @@ def test_a_sub_layer_can_go_whole(runs: dict[str, Runs]) -> None:
     assert 0 in kept["mlp"] + kept["attention"]
     assert results["export"]["layout"] == "compact"
     assert results["pruned"]["sparsity"] >= 0.9
+    again = Runs({**run.params, "model": {"source": str(session.workspace.export)}}, tmp_path)
+    with pytest.raises(InputError, match=r"has no linears any more in|units: blocks of .* have no attention or no MLP"):
+        again.session({"structure": "units", "sparsity": 0.2})
+
+
+def test_a_model_without_linears_is_evaluated_but_not_pruned_again(runs: dict[str, Runs], tmp_path: Path) -> None:
+    """Parameters of `prune`, which no other model than that of the run has to fit, are not looked at."""
+    run = runs["opt"]
+    session = run.session({"structure": "units", "widths": "free", "sparsity": 0.999, "shots": 1})
+    export = run_all(session)["export"]
+    project = Project(tmp_path / "project", {**run.params, "prune": {"structure": "units", "parameters": 30_000}})
+    done = project.surgeon("evaluate", str(session.workspace.export), "--json", "--quiet").ok()
+    assert json.loads(done.stdout)["parameters"] == export["parameters"] < 30_000
+    assert done.stderr == ""
+    for structure in ("units", "weights"):
+        settings = [f"model.source={session.workspace.export}", f"prune.structure={structure}", "prune.parameters=null"]
+        refused = project.surgeon("run", "--quiet", *(word for s in settings for word in ("-S", s)))
+        assert refused.status == 2
+        assert "has no linears any more in 3 of its blocks" in refused.stderr
 
 
 @pytest.mark.parametrize("target", [{"parameters": 40_000}, {"size": 150_000}], ids=str)

@@ -310,11 +310,16 @@ def test_shards_without_tensors_are_left_out(tmp_path):
     assert difference(logits_by_others(tmp_path / "export", facts)["whole"], masked_logits(case)) < EXACT
 
 
-def test_saved_again_by_transformers(tmp_path):
+@pytest.mark.parametrize("ours", [False, True])
+def test_saved_again_by_transformers(ours, tmp_path):
+    """The configuration names the modelling file, so without it nothing could load the model again."""
     case = made("llama", "everything", tmp_path)
     facts = exported(case, tmp_path / "export")
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "export", trust_remote_code=True)
+        if ours:
+            model = surgeon.load(tmp_path / "export")
+        else:
+            model = AutoModelForCausalLM.from_pretrained(tmp_path / "export", trust_remote_code=True)
         model.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "modeling_pruned.py").read_bytes() == (
         tmp_path / "export" / "modeling_pruned.py"

@@ -124,6 +124,12 @@ def test_a_budget_out_of_reach_is_refused(widths: Widths) -> None:
 def test_a_multiple_that_fits_into_no_block_is_refused() -> None:
     with pytest.raises(ParameterError, match=r"no permitted number of units of the mlp .* smallest of which has 3"):
         allocate_units([curve([1.0] * 4, multiple=8), curve([1.0] * 3, multiple=8)], 2.0, Widths.UNIFORM, PER_RESOURCE)
+    kept = [
+        UnitCurve(f"block {i}", SubLayerKind.ATTENTION, np.ones(n), np.arange(n + 1.0), np.arange(n + 1) == n)
+        for i, n in enumerate((2, 1))
+    ]
+    with pytest.raises(ParameterError, match=r"units of the attention .* has 1; ask for heads: true, or"):
+        allocate_units(kept, 2.0, Widths.UNIFORM, PER_RESOURCE)
 
 
 @pytest.mark.parametrize("widths", Widths)
