@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from flows.card import describe_settings
+from flows.checks import check_pruning
 from flows.compare_files import write_comparison
 from flows.compare_spec import Run, shots_of
 from flows.comparison import Cell, Comparison, Row, Table, Usage
@@ -36,8 +37,11 @@ def compare_all(session: Session, runs: Sequence[Run]) -> Comparison:
     """
     session.check()
     sessions = [session.sibling(run.params) for run in runs]
-    for one in sessions:
-        one.check_structure()
+    for run, one in zip(runs, sessions, strict=True):
+        try:
+            check_pruning(one)
+        except InputError as error:
+            raise type(error)(f"{run.label} ({run.table}): {error}") from error
     comparison = session.engine.stage(STAGE, lambda: _compare(session, runs, sessions))
     write_timing(session, STAGE)
     write_comparison(session.workspace.comparison, comparison)

@@ -1,5 +1,6 @@
 """The prune flow: shots one after the other, each on the model that the one before left."""
 
+from flows.checks import check_prunable
 from flows.goal import require_goal
 from flows.session import Session
 from flows.shot import Shot, ShotRun
@@ -45,7 +46,7 @@ def require_possible(session: Session) -> None:
 
 def prune(session: Session) -> list[Shot]:
     """Runs all shots; returns them in order."""
-    session.check_prunable()
+    check_prunable(session)
     pruning = session.params.prune
     state = session.dense
     shots = []

@@ -7,19 +7,17 @@ from functools import cached_property
 import psutil
 import torch
 
+from flows.checks import check_pruning
 from flows.engine import Engine
-from flows.goal import Goal, find_goal, require_goal
+from flows.goal import Goal, find_goal
 from flows.params import Params
 from flows.workspace import Workspace
-from surgeon.choices import Device, Structure, Widths
+from surgeon.choices import Device, Structure
 from surgeon.correction.adapters import AdapterSettings
 from surgeon.curvature.spec import CurvatureSpec, Statistic
-from surgeon.errors import ModelError, ParameterError
+from surgeon.errors import ParameterError
 from surgeon.memory import MemoryEstimate, blocks_that_fit
 from surgeon.models import Checkpoint, resolve_model
-from surgeon.models.compact_classes import has_index_maps, is_compact
-from surgeon.models.families import family_names
-from surgeon.pruning.granularity import NMPattern
 from surgeon.recipe import Recipe
 from surgeon.store import Reference, Store
 from tasks.calibration import SequenceSpec, WindowSpec, require_length, require_separate, sequences_task, windows_task
@@ -175,69 +173,9 @@ class Session:
         require_length(self.model, self.params.evaluate.length, "evaluate.length")
         require_separate(self.sequence_spec().text, self.window_spec().text)
         if is_pruned:
-            self.check_structure()
-        if is_pruned and self.params.prune.speedup is None:  # which takes measuring, and so comes with the first shot
-            require_goal(self)
+            check_pruning(self)
         self.workspace.store.mkdir(parents=True, exist_ok=True)
         _ = self.context
-
-    def check_prunable(self) -> None:
-        """Refuses a model that can be evaluated but not pruned: one with index maps, or a block without linears.
-
-        Raises:
-            ModelError: naming the model.
-        """
-        path = self.checkpoint.path
-        if is_compact(path) and has_index_maps(path):
-            raise ModelError(
-                f"{self.checkpoint.source} is a compact export with index maps: its linears read or write only some of "
-                "what the model around them has. It can be evaluated but not pruned again; prune the model it was made "
-                "from, or an export of that with export.layout=dense"
-            )
-        empty = [str(index) for index, block in enumerate(self.model.blocks) if not block]
-        if empty:
-            raise ModelError(
-                f"{self.checkpoint.source} has no linears any more in {len(empty)} of its blocks "
-                f"({', '.join(empty[:8])}), whose attention and MLP are gone. It can be evaluated but not pruned "
-                "again; prune the model it was made from, or an export of that with export.layout=dense"
-            )
-
-    def check_structure(self) -> None:
-        """Refuses units of a model whose couplings are unknown, and N:M where a linear's inputs do not divide.
-
-        Raises:
-            ParameterError: naming the family, or block and linear.
-        """
-        pattern = self.params.prune.structure
-        if pattern is Structure.UNITS and self.model.couplings is None:
-            if is_compact(self.checkpoint.path):
-                self.check_prunable()
-                raise ParameterError(
-                    f"prune.structure: {pattern}: blocks of {self.checkpoint.source} have no attention or no MLP any "
-                    "more, so its units are not known; prune the model it was made from to a higher target, or use "
-                    f"another -S prune.structure, such as {Structure.WEIGHTS}"
-                )
-            raise ParameterError(
-                f"prune.structure: {pattern}: what belongs together in {self.checkpoint.source} is not known "
-                f"(described families: {family_names()}); use "
-                f"-S prune.structure={Structure.ROWS_AND_COLUMNS}, which needs no description, or describe the family "
-                "in surgeon/models/families.py"
-            )
-        units = self.recipe.units
-        if units and units.heads and units.widths is Widths.UNIFORM and not self.model.heads_are_free:
-            raise ParameterError(
-                f"prune.heads: the stock configuration of {self.checkpoint.source} ties the number of heads to the "
-                f"width, so equal widths cannot lose any; use prune.heads=false or prune.widths={Widths.FREE}"
-            )
-        if not isinstance(pattern, NMPattern):
-            return
-        for index, block in enumerate(self.model.blocks):
-            for linear in block:
-                if linear.n_in % pattern.m:
-                    raise ParameterError(
-                        f"prune.structure: {pattern} needs inputs that divide into groups of {pattern.m}, but block "
-                        f"{index}, linear {linear.name} has {linear.n_in} inputs; choose another M, or weights"
-                    )
 
     def calibration(self, shot: int = 1) -> Reference:
         """Calibration sequences of a shot."""

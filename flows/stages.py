@@ -12,6 +12,7 @@ from typing import Any
 
 from flows.benchmark import current_benchmark, measure_export
 from flows.card import model_card
+from flows.checks import check_prunable
 from flows.destination import require_destination
 from flows.prune import prune, require_possible
 from flows.results import build_results, provenance
@@ -100,7 +101,9 @@ def export_pruned(session: Session, destination: Path | None, *, overwrite: bool
     own = session.workspace.export
     place = own if destination is None else destination.absolute()
     is_own = place.resolve() == own.resolve()
-    require_destination(place, is_own=destination is None, overwrite=overwrite)
+    if own.resolve() in place.resolve().parents:
+        raise InputError(f"{place} is inside {own}, which every run replaces as a whole; give another destination")
+    require_destination(place, is_own=is_own, overwrite=overwrite)
     if is_own:
         session.engine.stage("export", lambda: _finish(session, "export", {}, export_to(session, own, overwrite=True)))
         write_timing(session, "export")
@@ -180,7 +183,7 @@ def run_stage(session: Session, name: str) -> None:
 def run_all(session: Session) -> dict[str, Any]:
     """Runs all stages as one flow with a sub-flow each; returns the results, as in `data/metrics/run.json`."""
     require_destination(session.workspace.export, is_own=True, overwrite=False, quick=True)
-    session.check_prunable()
+    check_prunable(session)
 
     def body() -> None:
         for name in STAGES:

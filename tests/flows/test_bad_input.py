@@ -155,6 +155,8 @@ def test_an_export_replaces_nothing_that_is_not_one(again: Project, tmp_path: Pa
     is_one_message(done, r"holds files that were not exported \(notes.txt\)")
     assert again.surgeon("export", "--quiet", "data/export").status == 2
     note.unlink()
+    again.surgeon("export", "--quiet", "data/export").ok()
+    is_one_message(again.surgeon("export", "--quiet", "data/export/sub"), r"sub is inside .*export, which every run")
     (again.data / "export" / "surgeon.json").unlink()
     is_one_message(again.surgeon("export", "--quiet"), r"it is not an export of Surgeon \(no readable surgeon.json\)")
     other = tmp_path / "other"
@@ -165,7 +167,8 @@ def test_an_export_replaces_nothing_that_is_not_one(again: Project, tmp_path: Pa
     done = again.surgeon("export", "--quiet", str(other))
     assert done.status == 2
     is_one_message(done, r"other exists and is not empty, so nothing was exported")
-    is_one_message(again.surgeon("export", "--quiet", str(note.parent / "config.json")), r"is a file, but an export is")
+    (tmp_path / "file").touch()
+    is_one_message(again.surgeon("export", "--quiet", str(tmp_path / "file")), r"is a file, but an export is")
     assert again.read("stages/export.json") == before
 
 

@@ -335,3 +335,13 @@ def test_names_do_not_break_the_plot() -> None:
     picture = draw_comparison(hostile())
     assert picture.startswith(b"\x89PNG")
     assert draw_comparison(hostile()) == picture
+
+
+def test_a_row_out_of_reach_is_named_before_any_work(again: Project) -> None:
+    rows = [{"name": "far", "set": ["prune.structure=units", "prune.multiple=8"]}]
+    put_spec(again, {"tables": [{"title": "Units", "sparsities": [0.2, 0.9], "rows": rows}]})
+    before = again.labels()
+    done = again.surgeon("compare", "compare.yaml", "--quiet")
+    assert done.status == 2
+    assert "far at 90% (Units): prune.sparsity: 0.9: the target leaves" in done.stderr
+    assert again.labels() == before
