@@ -1,6 +1,7 @@
 """What an exported model weighs, how fast it is and what it costs: the table of docs/deployment.md.
 
 Usage: python -m benchmarks.deployment PROJECT [--sparsities 0.1 0.2 0.3] [--rounds 3] [--batch-sizes 1 8 32]
+    [--new-tokens 16]
 SmolLM2-135M on the protocol that benchmarks share. Units with equal and with free widths, and the rows and columns of
 the paper, are pruned in one shot, exported, loaded back, and measured beside the dense model. What is pruned is cached
 below PROJECT; speed is measured anew.
@@ -61,8 +62,9 @@ def main() -> None:
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--new-tokens", type=int, default=16)
     arguments = parser.parse_args()
-    measured = [f"benchmark.batch_sizes={arguments.batch_sizes}", f"benchmark.rounds={arguments.rounds}"]
+    measured = [f"benchmark.{name}={getattr(arguments, name)}" for name in ("batch_sizes", "rounds", "new_tokens")]
     sizes = " / ".join(str(size) for size in arguments.batch_sizes)
     names = (
         "structure",
