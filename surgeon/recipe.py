@@ -88,7 +88,7 @@ class Recipe:
 STRUCTURED_DAMPING = Damping(0.01, 0.1)
 """Default damping where whole rows and columns go."""
 UNITS_DAMPING = Damping(0.1, 0.1)
-"""Default damping where coupled units go (measured: docs/benchmarks.md)."""
+"""Default damping where coupled units go (measured: docs/deployment.md)."""
 WEIGHTS_DAMPING = Damping(0.01, 0.1)
 """Default damping where weights go, in an N:M pattern or not."""
 MULTIPLES = {Widths.UNIFORM: 64, Widths.FREE: 8}
@@ -96,7 +96,7 @@ MULTIPLES = {Widths.UNIFORM: 64, Widths.FREE: 8}
 HEADS_GO = {Widths.UNIFORM: False, Widths.FREE: True}
 """Measured (docs/deployment.md): costs of attention are too low where a whole share of it goes from every block."""
 RESCORINGS = 32
-"""Measured (docs/benchmarks.md): more change predicted costs by less than half a percent."""
+"""More change the predicted cost of a block by less than half a percent; none at all: docs/deployment.md."""
 RANK = 2
 POWER_ITERATIONS = 2
 DRAWS = 1
