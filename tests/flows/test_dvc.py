@@ -67,7 +67,7 @@ class Repository(Project):
 @pytest.fixture(scope="module")
 def repository(params: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Repository:
     """After a first `dvc repro`, committed to git."""
-    shots = {"sparsity": 0.2, "shots": 1}
+    shots = {"structure": "rows-and-columns", "sparsity": 0.2, "shots": 1}
     repository = Repository(tmp_path_factory.mktemp("dvc") / "repository", params | {"prune": shots})
     assert repository.repro() == set(STAGES)
     repository.commit()
