@@ -175,7 +175,7 @@ TABLE: list[tuple[str, dict[str, Any], set[str]]] = [
     ("structures", {"shots": 2, "sparsity": 0.4, "fresh_calibration": True}, set()),
     ("structures", {"structure": "units", "multiple": 8}, MEASURED),
     ("units", {"widths": "uniform", "multiple": 8}, CHOICE),
-    ("units", {"multiple": 8}, CHOICE),
+    ("units", {"multiple": 16}, CHOICE),
     ("units", {"heads": False}, CHOICE),
     ("units", {"rescorings": 0}, PRICE),
     ("units", {"sparsity": None, "parameters": 11_500}, CHOICE),

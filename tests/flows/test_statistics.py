@@ -60,7 +60,8 @@ class Case:
         self, spec: CurvatureSpec, blocks_per_group: int = 3, loss_gradient: bool = False, batch_size: int = 3
     ) -> BlockStatistics:
         run = {"engine": "inline", "batch_size": batch_size, "blocks_per_group": blocks_per_group}
-        session = Session(Params.model_validate(self.params | {"run": run}), Workspace(self.root), InlineEngine())
+        sections = self.params | {"prune": {"structure": "rows-and-columns"}, "run": run}
+        session = Session(Params.model_validate(sections), Workspace(self.root), InlineEngine())
         session.check()
         calibration = session.calibration()
         session.engine = self.engine = Names()
