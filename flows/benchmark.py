@@ -6,6 +6,7 @@ from flows.session import Session
 from flows.workspace import read_json
 from surgeon.benchmarking import BenchmarkSettings, Side, describe_machine
 from surgeon.errors import BenchmarkError, InputError
+from surgeon.export import read_record
 from surgeon.models import Checkpoint, resolve_model
 from surgeon.models.checkpoint import CONFIG_NAME
 from tasks.benchmark import benchmark_task
@@ -85,7 +86,7 @@ def exported_now(session: Session) -> dict[str, Any]:
     Raises:
         InputError: nothing was exported yet.
     """
-    record = read_json(session.workspace.export / "surgeon.json")
+    record = read_record(session.workspace.export)
     if record is None:
         raise InputError(
             f"{session.workspace.export} holds no export to measure: run `surgeon export` first (`surgeon run` does "

@@ -12,7 +12,8 @@ import torch
 from surgeon.choices import Resource
 from surgeon.errors import ParameterError
 from surgeon.models.checkpoint import find_weight_files, read_headers
-from tasks.units import WEIGHTS, UnitRule, Usage, block_sub_layers, dense_usage, require_reachable
+from tasks.rule import WEIGHTS, MaskRule, Usage
+from tasks.units import block_sub_layers, dense_usage, require_reachable
 
 if TYPE_CHECKING:
     from flows.session import Session
@@ -63,11 +64,10 @@ def require_goal(session: "Session") -> None:
     Raises:
         ParameterError: saying what is left at least.
     """
-    recipe, goal = session.recipe, session.goal
-    if recipe.units is not None:
-        rule = UnitRule(goal.fraction, goal.usage, recipe.units, recipe.ranking, recipe.allocation)
+    goal = session.goal
+    if session.recipe.units is not None:
         try:
-            require_reachable(session.model, rule)
+            require_reachable(session.model, MaskRule(goal.fraction, session.recipe, goal.usage))
         except ParameterError as error:
             raise ParameterError(f"prune.{goal.asked}: {error}") from error
 

@@ -19,7 +19,8 @@ from tasks.correction import CORRECTION, correction_task
 from tasks.costs import COSTS, BlockWork, cost_request, cost_task
 from tasks.curvature import STAGES
 from tasks.evaluation import evaluation_task
-from tasks.mask import MASK, MaskRule, mask_request, mask_task
+from tasks.mask import MASK, mask_request, mask_task
+from tasks.rule import MaskRule
 from tasks.stage import Outcome, Product, Request, Stage, produce, readable
 from tasks.update import UPDATE, Removal, update_request, update_task
 
@@ -81,17 +82,15 @@ class ShotRun:
         self.target = target
         self.label = shot_label(number)
         self.recipe = session.recipe
-        recipe = self.recipe
-        usage = session.goal.usage
-        self.rule = MaskRule(target, recipe.granularity, recipe.ranking, recipe.allocation, recipe.units, usage)
+        self.rule = MaskRule(target, self.recipe, session.goal.usage)
         self.blocks = range(self.context.model.n_blocks)
         self.statistics = BlockStatistics(
             session,
             state,
             calibration,
             self.label,
-            recipe.curvature,
-            recipe.update.newton_step > 0,
+            self.recipe.curvature,
+            self.recipe.update.newton_step > 0,
             session.measured_linears,
         )
 

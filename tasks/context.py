@@ -1,11 +1,14 @@
 """What every task needs to know: the store, the model and how to execute. Small, picklable, no tensors."""
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from surgeon.curvature.spec import CurvatureSpec, Statistic
 from surgeon.models import BlockCouplings, Checkpoint, build_skeleton, count_parameters, discover
@@ -95,6 +98,16 @@ class ModelSpec:
         """The dtype as torch knows it."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
+
+
+def split_rows(shapes: Sequence[LinearShape], values: NDArray[Any]) -> list[NDArray[Any]]:
+    """Values of the rows of several linears, stored one after the other, by linear."""
+    return np.split(values, np.cumsum([shape.n_out for shape in shapes])[:-1])
+
+
+def split_columns(shapes: Sequence[LinearShape], values: NDArray[Any]) -> list[NDArray[Any]]:
+    """Values of the columns of several linears, stored one after the other, by linear."""
+    return np.split(values, np.cumsum([shape.n_in for shape in shapes])[:-1])
 
 
 def describe_model(checkpoint: Checkpoint, dtype: str) -> ModelSpec:

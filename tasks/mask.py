@@ -1,23 +1,22 @@
 """What goes from every linear of the model: one threshold over the costs of all blocks, or one for each linear."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from surgeon.choices import Allocation, Ranking, Structure
+from surgeon.choices import Structure
 from surgeon.pruning.allocation import Candidates, allocate
-from surgeon.pruning.granularity import Granularity, is_structured
+from surgeon.pruning.granularity import is_structured
 from surgeon.pruning.selection import Cut, check_divides, select_weights
-from surgeon.recipe import UnitSpec
 from surgeon.store import Reference, Store, digest_arrays
-from tasks.context import Context, LinearShape
+from tasks.context import Context, LinearShape, split_columns, split_rows
 from tasks.progress import report
+from tasks.rule import MaskRule
 from tasks.stage import Outcome, Product, Request, Stage, produce, read_arrays
-from tasks.units import WEIGHTS, UnitRule, Usage, unit_masks
+from tasks.units import unit_masks
 
 Array = NDArray[Any]
 _SOURCES = (
@@ -25,36 +24,25 @@ _SOURCES = (
     "surgeon.pruning.selection",
     "surgeon.pruning.unit_allocation",
     "surgeon.pruning.units",
+    "tasks.rule",
     "tasks.units",
 )
 MASK = Stage("mask", 3, _SOURCES)
-
-
-@dataclass(frozen=True)
-class MaskRule:
-    """How the mask of a shot is chosen."""
-
-    target: float
-    granularity: Granularity
-    ranking: Ranking
-    allocation: Allocation
-    units: UnitSpec | None = None
-    usage: Usage = WEIGHTS
 
 
 def mask_request(costs: Sequence[Reference], rule: MaskRule, label: str) -> Request:
     """The request for the mask of all blocks."""
     parameters: dict[str, Any] = {
         "target": rule.target,
-        "structure": str(rule.granularity),
-        "ranking": rule.ranking if is_structured(rule.granularity) else None,
-        "allocation": rule.allocation,
+        "structure": str(rule.recipe.granularity),
+        "ranking": rule.recipe.ranking if is_structured(rule.recipe.granularity) else None,
+        "allocation": rule.recipe.allocation,
     }
-    if rule.units is not None:
+    if (units := rule.recipe.units) is not None:
         parameters |= {
-            "widths": rule.units.widths,
-            "multiple": rule.units.multiple,
-            "heads": rule.units.heads,
+            "widths": units.widths,
+            "multiple": units.multiple,
+            "heads": units.heads,
             "usage": rule.usage.parameters,
         }
     return Request(
@@ -72,11 +60,10 @@ def mask_task(context: Context, costs: Sequence[Reference], rule: MaskRule, labe
     """
 
     def compute() -> Product:
-        if rule.units is not None:
-            unit_rule = UnitRule(rule.target, rule.usage, rule.units, rule.ranking, rule.allocation)
-            return Product(*unit_masks(context, costs, unit_rule))
-        if isinstance(rule.granularity, Structure) and is_structured(rule.granularity):
-            return _structures(context, costs, rule, rule.granularity)
+        if rule.recipe.units is not None:
+            return Product(*unit_masks(context, costs, rule))
+        if isinstance(rule.recipe.granularity, Structure) and is_structured(rule.recipe.granularity):
+            return _structures(context, costs, rule, rule.recipe.granularity)
         return _weights(context, costs, rule)
 
     report(f"{label}: mask", 0, 1)
@@ -111,7 +98,7 @@ def _structures(context: Context, costs: Sequence[Reference], rule: MaskRule, st
     candidates: list[Candidates] = []
     for block, reference in enumerate(costs):
         candidates += _candidates(block, context.model.blocks[block], read_arrays(context, reference.key))
-    allocation = allocate(candidates, rule.target, structure, rule.ranking, rule.allocation)
+    allocation = allocate(candidates, rule.target, structure, rule.recipe.ranking, rule.recipe.allocation)
     masks = zip(allocation.live_rows, allocation.live_columns, strict=True)
     blocks: list[str] = []
     for shapes in context.model.blocks:
@@ -134,7 +121,7 @@ def _weights(context: Context, costs: Sequence[Reference], rule: MaskRule) -> Pr
     store = Store(context.store)
     for block, shapes in enumerate(context.model.blocks):
         for shape in shapes:
-            check_divides(shape.n_in, rule.granularity, f"block {block}, {shape.name}")
+            check_divides(shape.n_in, rule.recipe.granularity, f"block {block}, {shape.name}")
 
     def read() -> Iterable[NDArray[np.float32]]:
         for shapes, reference in zip(context.model.blocks, costs, strict=True):
@@ -142,7 +129,7 @@ def _weights(context: Context, costs: Sequence[Reference], rule: MaskRule) -> Pr
             for shape in shapes:
                 yield stored.array(f"{shape.name}/costs")
 
-    selection = select_weights(read, rule.target, rule.granularity, rule.allocation)
+    selection = select_weights(read, rule.target, rule.recipe.granularity, rule.recipe.allocation)
     arrays: dict[str, Array] = {
         "threshold": np.array([cut.threshold for cut in selection.cuts], dtype=np.float32),
         "n_ties": np.array([cut.n_ties for cut in selection.cuts], dtype=np.int64),
@@ -166,16 +153,14 @@ def _weights(context: Context, costs: Sequence[Reference], rule: MaskRule) -> Pr
 
 
 def _candidates(block: int, shapes: tuple[LinearShape, ...], arrays: dict[str, Array]) -> list[Candidates]:
-    rows = np.cumsum([s.n_out for s in shapes])[:-1]
-    columns = np.cumsum([s.n_in for s in shapes])[:-1]
     return [
         Candidates(f"block {block}, {shape.name}", *parts)
         for shape, *parts in zip(
             shapes,
-            np.split(arrays["row_costs"], rows),
-            np.split(arrays["column_costs"], columns),
-            np.split(arrays["live_rows"], rows),
-            np.split(arrays["live_columns"], columns),
+            split_rows(shapes, arrays["row_costs"]),
+            split_columns(shapes, arrays["column_costs"]),
+            split_rows(shapes, arrays["live_rows"]),
+            split_columns(shapes, arrays["live_columns"]),
             strict=True,
         )
     ]

@@ -1,15 +1,13 @@
 """Coupled units: the part of costs and masks that is theirs."""
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from surgeon.choices import Allocation, Cost, Ranking, Resource
+from surgeon.choices import Allocation, Cost, Resource
 from surgeon.curvature.factors import LinearFactors
 from surgeon.errors import ParameterError
 from surgeon.pruning.elimination import eliminate
@@ -19,44 +17,10 @@ from surgeon.pruning.unit_allocation import UnitAllocation, UnitCurve, allocate_
 from surgeon.pruning.units import Shape, SubLayer, SubLayerKind, sub_layers
 from surgeon.recipe import Recipe, UnitSpec
 from surgeon.store import Reference, Store, digest_arrays
-from tasks.context import Context, ModelSpec
+from tasks.context import Context, ModelSpec, split_columns, split_rows
+from tasks.rule import MaskRule, Usage
 
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a sub-layer uses of the resource that a target is about, by kind.
-
-    Attributes:
-        resource: which.
-        mlp: seconds of the MLP of one block that keeps 0, 1, … neurons; None where the resource is not time.
-        attention: the same of the attention, by key/value groups.
-    """
-
-    resource: Resource = Resource.WEIGHTS
-    mlp: tuple[float, ...] | None = None
-    attention: tuple[float, ...] | None = None
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """What masks depend on, for their key."""
-        times = hashlib.sha256(repr((self.mlp, self.attention)).encode()).hexdigest() if self.mlp else None
-        return {"resource": self.resource, "times": times}
-
-    def of(self, sub_layer: SubLayer) -> NDArray[np.float64]:
-        """Usage of a sub-layer that keeps 0, 1, … units, `[n_units + 1]`."""
-        if self.resource is Resource.SECONDS:
-            seconds = self.mlp if sub_layer.kind is SubLayerKind.MLP else self.attention
-            assert seconds is not None and len(seconds) == sub_layer.n_units + 1, f"no times of the {sub_layer.kind}"
-            return np.array(seconds)
-        weights = self.resource is Resource.WEIGHTS
-        each = sub_layer.weights_per_unit if weights else sub_layer.parameters_per_unit
-        return each * np.arange(sub_layer.n_units + 1, dtype=np.float64)
-
-
-WEIGHTS = Usage()
-"""What a sparsity is about."""
 
 
 def block_sub_layers(model: ModelSpec, block: int) -> tuple[SubLayer, SubLayer]:
@@ -114,18 +78,7 @@ def unit_costs(
     return arrays, facts
 
 
-@dataclass(frozen=True)
-class UnitRule:
-    """How widths are chosen."""
-
-    target: float
-    usage: Usage
-    spec: UnitSpec
-    ranking: Ranking
-    allocation: Allocation
-
-
-def unit_masks(context: Context, costs: Sequence[Reference], rule: UnitRule) -> tuple[dict[str, Array], dict[str, Any]]:
+def unit_masks(context: Context, costs: Sequence[Reference], rule: MaskRule) -> tuple[dict[str, Array], dict[str, Any]]:
     """Live rows and columns of all linears of the model after a shot, one after the other; and facts."""
     model, store = context.model, Store(context.store)
     stored = [store.open(reference.key) for reference in costs]
@@ -155,7 +108,7 @@ def unit_masks(context: Context, costs: Sequence[Reference], rule: UnitRule) -> 
     }
 
 
-def require_reachable(model: ModelSpec, rule: UnitRule) -> None:
+def require_reachable(model: ModelSpec, rule: MaskRule) -> None:
     """Finds out whether any widths of the dense model meet a target, whatever they cost.
 
     Raises:
@@ -164,23 +117,29 @@ def require_reachable(model: ModelSpec, rule: UnitRule) -> None:
     _allocate([_curve(block, sub, np.zeros(sub.n_units), rule) for block, sub in _parts(model)], model, rule)
 
 
+def _units(rule: MaskRule) -> UnitSpec:
+    assert rule.recipe.units is not None, "units have a specification"
+    return rule.recipe.units
+
+
 def _parts(model: ModelSpec) -> list[tuple[int, SubLayer]]:
     """All sub-layers of the model, with their blocks."""
     return [(block, sub) for block in range(model.n_blocks) for sub in block_sub_layers(model, block)]
 
 
-def _curve(block: int, sub: SubLayer, costs: NDArray[np.float64], rule: UnitRule) -> UnitCurve:
-    permitted = _permitted(sub, costs.size, rule.spec)
+def _curve(block: int, sub: SubLayer, costs: NDArray[np.float64], rule: MaskRule) -> UnitCurve:
+    permitted = _permitted(sub, costs.size, _units(rule))
     return UnitCurve(f"block {block}, {sub.kind}", sub.kind, costs, rule.usage.of(sub), permitted)
 
 
-def _allocate(curves: list[UnitCurve], model: ModelSpec, rule: UnitRule) -> UnitAllocation:
+def _allocate(curves: list[UnitCurve], model: ModelSpec, rule: MaskRule) -> UnitAllocation:
     whole = float(sum(c.usage[-1] for c in curves))
-    if rule.allocation is Allocation.GLOBAL:
+    if rule.recipe.allocation is Allocation.GLOBAL:
         budget = whole - rule.target * dense_usage(model, rule.usage)
-        return allocate_units(curves, budget, rule.spec.widths, rule.ranking)
+        return allocate_units(curves, budget, _units(rule).widths, rule.recipe.ranking)
     each = [
-        allocate_units([c], (1.0 - rule.target) * float(c.usage[-1]), rule.spec.widths, rule.ranking) for c in curves
+        allocate_units([c], (1.0 - rule.target) * float(c.usage[-1]), _units(rule).widths, rule.recipe.ranking)
+        for c in curves
     ]
     return UnitAllocation(
         kept=tuple(part.kept[0] for part in each),
@@ -203,8 +162,8 @@ def _live_parts(
     """Live rows and columns of each linear of a block."""
     shapes = model.blocks[block]
     names = [shape.name for shape in shapes]
-    rows = dict(zip(names, np.split(stored.array("live_rows"), _ends([s.n_out for s in shapes])), strict=True))
-    columns = dict(zip(names, np.split(stored.array("live_columns"), _ends([s.n_in for s in shapes])), strict=True))
+    rows = dict(zip(names, split_rows(shapes, stored.array("live_rows")), strict=True))
+    columns = dict(zip(names, split_columns(shapes, stored.array("live_columns")), strict=True))
     for sub, n_kept in kept:
         order = stored.array(f"{sub.kind}/order")
         live = torch.zeros(sub.n_units, dtype=torch.bool)
@@ -215,7 +174,3 @@ def _live_parts(
             if live_columns is not None:
                 columns[name] = columns[name] & live_columns.numpy()
     return [(rows[s.name], columns[s.name]) for s in shapes]
-
-
-def _ends(sizes: list[int]) -> Array:
-    return np.cumsum(sizes)[:-1]

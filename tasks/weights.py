@@ -12,7 +12,7 @@ from surgeon.models import WeightFiles
 from surgeon.passes.blockwise import BlockwiseModel, no_overrides
 from surgeon.pruning.linear import PrunedLinear
 from surgeon.store import Store
-from tasks.context import Context, ModelState
+from tasks.context import Context, ModelState, split_columns, split_rows
 
 
 def open_model(context: Context, state: ModelState) -> BlockwiseModel:
@@ -43,18 +43,14 @@ def read_linears(context: Context, state: ModelState, block: int) -> dict[str, P
     if state.updates:
         tensors = block_tensors(context, state, block)
         stored = Store(context.store).open(state.updates[block].key)
-        live_rows = torch.split(torch.from_numpy(stored.array("live_rows")), [s.n_out for s in shapes])
-        live_columns = torch.split(torch.from_numpy(stored.array("live_columns")), [s.n_in for s in shapes])
         packed = set(stored.names())
     else:
         parts = [f"{n}.weight" for n in names] + [f"{n}.bias" for n, s in zip(names, shapes, strict=True) if s.has_bias]
         tensors = WeightFiles(context.model.checkpoint).read(parts, torch.float32)
-        live_rows = tuple(torch.ones(s.n_out, dtype=torch.bool) for s in shapes)
-        live_columns = tuple(torch.ones(s.n_in, dtype=torch.bool) for s in shapes)
         packed = set()
     on = context.device
     result = {}
-    for shape, name, rows, columns in zip(shapes, names, live_rows, live_columns, strict=True):
+    for shape, name, (rows, columns) in zip(shapes, names, read_live(context, state, block).values(), strict=True):
         bias = tensors[f"{name}.bias"].to(on) if shape.has_bias else None
         live = None
         if f"{shape.name}/live" in packed:
@@ -70,9 +66,12 @@ def read_live(context: Context, state: ModelState, block: int) -> dict[str, tupl
         whole = [(torch.ones(s.n_out, dtype=torch.bool), torch.ones(s.n_in, dtype=torch.bool)) for s in shapes]
         return {shape.name: sets for shape, sets in zip(shapes, whole, strict=True)}
     stored = Store(context.store).open(state.updates[block].key)
-    rows = torch.split(torch.from_numpy(stored.array("live_rows")), [s.n_out for s in shapes])
-    columns = torch.split(torch.from_numpy(stored.array("live_columns")), [s.n_in for s in shapes])
-    return {shape.name: sets for shape, sets in zip(shapes, zip(rows, columns, strict=True), strict=True)}
+    rows = split_rows(shapes, stored.array("live_rows"))
+    columns = split_columns(shapes, stored.array("live_columns"))
+    return {
+        shape.name: (torch.from_numpy(r), torch.from_numpy(c))
+        for shape, r, c in zip(shapes, rows, columns, strict=True)
+    }
 
 
 def packed_live(live: Tensor) -> NDArray[np.uint8]:

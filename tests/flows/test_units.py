@@ -15,8 +15,9 @@ from surgeon.choices import Resource
 from surgeon.errors import InputError, ParameterError
 from surgeon.models.families import QkvLayout
 from surgeon.pruning.units import SubLayerKind
+from tasks.rule import WEIGHTS, Usage
 from tasks.stage import read_arrays
-from tasks.units import WEIGHTS, Usage, block_sub_layers, dense_usage
+from tasks.units import block_sub_layers, dense_usage
 from tests.flows.project import Project, write_text
 from tests.flows.sessions import Pruned, Runs
 from tests.surgeon.conftest import make_falcon
