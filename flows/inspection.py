@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flows.restoring import refill
 from flows.workspace import Workspace, read_json
 from surgeon.errors import InputError
 from surgeon.store import Reference, Store
@@ -94,6 +95,7 @@ def _effective_rank(spectrum: NDArray[np.float64]) -> float:
 
 
 def _open_store(workspace: Workspace) -> Store:
+    refill(workspace)
     if not workspace.store.is_dir():
         raise InputError(f"there is no store at {workspace.store} yet; `surgeon run` makes one")
     return Store(workspace.store)

@@ -77,7 +77,9 @@ def prune_stage(session: Session) -> None:
         "dense/evaluation": dense_evaluation(session),
     }
     for shot in shots:
-        references |= shot.references
+        references |= {**shot.references, f"{shot.label}/shot": shot.stored}
+    if session.block_times is not None:
+        references["dense/block-times"] = session.block_times
     facts = {
         "shots": [_shot_facts(shot) for shot in shots],
         "pruned": {**shots[-1].evaluation.attributes, "sparsity": shots[-1].record["sparsity"]},
@@ -153,13 +155,14 @@ def report(session: Session) -> None:
     """Continues the prompt with both models and writes `data/metrics/run.json`."""
     _require_same_parameters(session)
     settings = session.params.report
-    samples = {
+    samples: dict[str, Reference] = {
         name: session.engine.task(
             sample_task, session.context, state, settings.prompt, settings.new_tokens, name, name=f"{name}/sample"
-        ).attributes
+        )
         for name, state in (("dense", session.dense), ("pruned", pruned_state(session)))
     }
-    _finish(session, "report", {}, {"samples": samples})
+    named = {f"{name}/sample": sample for name, sample in samples.items()}
+    _finish(session, "report", named, {"samples": {name: sample.attributes for name, sample in samples.items()}})
     write_results(session)
 
 
@@ -176,6 +179,7 @@ _BODIES: dict[str, Callable[[Session], None]] = {
 
 def run_stage(session: Session, name: str) -> None:
     """Runs one stage as a flow."""
+    session.register()
     session.engine.stage(name, lambda: _BODIES[name](session))
     write_timing(session, name)
 
