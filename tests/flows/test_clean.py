@@ -148,7 +148,7 @@ def test_workspaces_that_share_a_store(project: Project, tmp_path: Path) -> None
     assert set(registered(Path(shared))) == {project.root}
     wrong = project.surgeon("clean", "--forget", "nowhere")
     assert wrong.status == 2
-    assert "--forget nowhere: this is not a workspace of the store" in wrong.stderr
+    assert "nowhere: this is not a workspace of the store" in wrong.stderr
 
 
 def test_a_file_that_cannot_be_read_stops_it(project: Project) -> None:
