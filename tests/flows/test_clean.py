@@ -195,6 +195,14 @@ def test_repositories_without_any_version(project: Project, option: tuple[str, .
             found = shutil.which(program, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
             subprocess.run([str(found), *arguments], cwd=project.root, check=True)
     assert clean(project, *ALL, "--yes")["going"]["n"] > 30
+    # An experiment between two stages, in a directory of its own.
+    needed, stages = stray(project), project.root / ".dvc/tmp/exps/tmpabc/data/stages"
+    stages.mkdir(parents=True)
+    (stages.parents[1] / ".dvc").mkdir()
+    (stages / "report.json").write_text(json.dumps({"references": {"dense/sample": [needed, "?"]}}))
+    plan = clean(project, *ALL, "--yes")
+    assert plan["staying_by_reason"][f"experiment at work in {project.root}"]["n"] == 1
+    assert needed in project.labels()
     (project.root / ".dvc" / "config").write_text("[core")
     refused = project.surgeon("clean")
     assert refused.status == 2
