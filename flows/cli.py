@@ -1,5 +1,6 @@
 """The `surgeon` command."""
 
+import errno
 import json
 import sys
 import traceback
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgeon import __version__
-from surgeon.errors import InputError, SurgeonError
+from surgeon.errors import CorruptObjectError, InputError, SurgeonError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -354,6 +355,15 @@ def inspect(
             _show(inspect_block(session.workspace, block, shot), as_json, render_block)
 
 
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, says that there is no space left."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def main() -> None:
     """Entry point: exit status 0 done, 2 bad input (one message, no traceback), 1 anything else."""
     try:
@@ -361,10 +371,21 @@ def main() -> None:
     except InputError as error:
         print(f"surgeon: {error}", file=sys.stderr)
         sys.exit(2)
+    except CorruptObjectError as error:
+        print(f"surgeon: {error} `surgeon run` computes it again.", file=sys.stderr)
+        sys.exit(1)
     except SurgeonError as error:
         print(f"surgeon: {error}", file=sys.stderr)
         sys.exit(1)
-    except Exception:
+    except Exception as error:
+        if _is_full_disk(error):
+            place = getattr(error, "filename", None) or "what was to be written"
+            print(
+                f"surgeon: no space left for {place}. What was finished is in the store. Free some space (`surgeon "
+                "clean` shows what the store can do without) and run the command again: it goes on from there.",
+                file=sys.stderr,
+            )
+            sys.exit(2)
         traceback.print_exc()
         print(
             "surgeon: this is a bug; what was finished is in the store, and a rerun goes on from there", file=sys.stderr

@@ -29,7 +29,7 @@ def open_session(root: Path, params: Params, quiet: bool) -> Iterator[Session]:
     root = root.resolve()
     with Display(quiet) as display:
         engine = PrefectEngine(root, display) if params.run.engine == "prefect" else InlineEngine(display)
-        yield Session(params, Workspace(root, params.run.store), engine, display.say)
+        yield Session(params, Workspace(root, params.run.store), engine, display.say, display.warn)
 
 
 @contextmanager

@@ -96,12 +96,10 @@ class ShotRun:
 
     def run(self) -> Shot:
         """Looks the whole shot up, or runs what is missing of it; then evaluates it."""
-        record = self._finished()
-        if record is not None:
-            references = {name: ref for name, key in record["names"].items() if (ref := self.store.lookup(key))}
+        finished = self._finished()
+        if finished is not None:
             self.session.engine.reuse(self._task_names())
-        else:
-            references, record = self._run_tasks()
+        references, record = finished or self._run_tasks()
         state = self._state_of(record)
         evaluation = self._task(
             evaluation_task, self.context, state, self.session.windows, self.label, name=f"{self.label}/evaluation"
@@ -112,8 +110,8 @@ class ShotRun:
 
     def finished_state(self) -> ModelState | None:
         """The state after the shot if it is finished, without running anything."""
-        record = self._finished()
-        return None if record is None else self._state_of(record)
+        finished = self._finished()
+        return None if finished is None else self._state_of(finished[1])
 
     def found(self) -> dict[str, tuple[int, int]]:
         """For each kind of task, how many results are there and how many there will be; runs nothing."""
@@ -139,12 +137,15 @@ class ShotRun:
         """Whether what goes is chosen before the update, not by it."""
         return self.recipe.update.rule is not UpdateRule.SEQUENTIAL
 
-    def _finished(self) -> dict[str, Any] | None:
-        """The record of the shot if it is there and its weights can be read."""
+    def _finished(self) -> tuple[dict[str, Reference], dict[str, Any]] | None:
+        """All results by name and the record of the shot, if nothing is missing and its weights can be read."""
         found = self._lookup(self._request())
         if found is None or not all(self.store.has_payload(key) for key, _ in found.attributes["updates"]):
             return None
-        return dict(found.attributes)
+        record = dict(found.attributes)
+        references = {name: self.store.lookup(key) for name, key in record["names"].items()}
+        there = {name: reference for name, reference in references.items() if reference is not None}
+        return (there, record) if len(there) == len(references) else None
 
     def _state_of(self, record: dict[str, Any]) -> ModelState:
         return ModelState(self.state.checkpoint_digest, tuple(StoredBlock(*update) for update in record["updates"]))

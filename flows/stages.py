@@ -7,6 +7,7 @@ there is one; how it went (seconds, tasks) goes to `data/timings/<stage>.json`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def model(session: Session) -> None:
 
 def evaluate_other(session: Session) -> dict[str, Any]:
     """Evaluates a model that is not the pipeline's own, without writing anything down but the cached result."""
-    return dict(session.engine.stage("evaluate", lambda: dense_evaluation(session)).attributes)
+    return dict(session.stage("evaluate", lambda: dense_evaluation(session)).attributes)
 
 
 def calibrate(session: Session) -> None:
@@ -105,10 +106,9 @@ def export_pruned(session: Session, destination: Path | None, *, overwrite: bool
         raise InputError(f"{place} is inside {own}, which every run replaces as a whole; give another destination")
     require_destination(place, is_own=is_own, overwrite=overwrite)
     if is_own:
-        session.engine.stage("export", lambda: _finish(session, "export", {}, export_to(session, own, overwrite=True)))
-        write_timing(session, "export")
+        run_stage(session, "export", lambda: _finish(session, "export", {}, export_to(session, own, overwrite=True)))
     else:
-        session.engine.stage("export", lambda: export_to(session, place, overwrite=True))
+        session.stage("export", lambda: export_to(session, place, overwrite=True), lambda: prune(session))
 
 
 def export_to(session: Session, destination: Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -145,8 +145,7 @@ def benchmark(session: Session, *, if_changed: bool = True) -> None:
 
 def benchmark_again(session: Session) -> None:
     """The stage as a flow, measured whatever is known."""
-    session.engine.stage("benchmark", lambda: benchmark(session, if_changed=False))
-    write_timing(session, "benchmark")
+    run_stage(session, "benchmark", lambda: benchmark(session, if_changed=False))
 
 
 def report(session: Session) -> None:
@@ -174,9 +173,19 @@ _BODIES: dict[str, Callable[[Session], None]] = {
 }
 
 
-def run_stage(session: Session, name: str) -> None:
-    """Runs one stage as a flow."""
-    session.engine.stage(name, lambda: _BODIES[name](session))
+_READERS_OF_PRUNED = ("export", "benchmark", "report")
+
+
+def run_stage(session: Session, name: str, body: Callable[[], None] | None = None) -> None:
+    """Runs one stage as a flow.
+
+    Args:
+        session: parameters, files and engine.
+        name: of the stage.
+        body: what it does, where it is not what the stage always does.
+    """
+    repair = partial(prune, session) if name in _READERS_OF_PRUNED else lambda: None
+    session.stage(name, body or partial(_BODIES[name], session), repair)
     write_timing(session, name)
 
 

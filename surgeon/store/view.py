@@ -90,10 +90,10 @@ def _make_parents(draft: Path, name: str) -> None:
 
 
 def _link_object(store: Store, key: str, draft: Path, name: str) -> None:
+    if store.lookup(key, label=name) is None:
+        raise StoreError(f"The view's entry {name!r} names the object {key}, which {store.root} does not have.")
+    source = store.path(key)
     with store.frozen(key):
-        if store.lookup(key, label=name) is None:
-            raise StoreError(f"The view's entry {name!r} names the object {key}, which {store.root} does not have.")
-        source = store.path(key)
         paths = walk_files(source) if store.has_payload(key) else iter([Path(GROUP_FILE)])
         for path in paths:
             if path.as_posix() in (RECORD_FILE, EVICTED_FILE):
