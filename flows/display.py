@@ -71,6 +71,7 @@ class Display(TaskObserver):
     def plan(self, plan: WorkPlan) -> None:
         """Tells how much work there is in all, so that the time left can be given."""
         self._plan = plan
+        self._units_done = self._units_executed = self._seconds_executed = 0.0
 
     def task_started(self, name: str) -> None:
         """A task begins."""

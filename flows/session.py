@@ -23,6 +23,7 @@ from surgeon.recipe import Recipe
 from surgeon.store import Reference, Store
 from tasks.calibration import SequenceSpec, WindowSpec, require_length, require_separate, sequences_task, windows_task
 from tasks.context import Context, ModelSpec, ModelState, describe_model
+from tasks.stage import WorkLeftError
 from tasks.units import output_linears
 
 T = TypeVar("T")
@@ -211,14 +212,21 @@ class Session:
                         raise
                     damaged.add(error.key)
                     self.warn(f"{error} It is computed again.")
-                    self._calibrations.clear()
-                    self.__dict__.pop("windows", None)
+                    self._forget_texts()
                 except EvictedError:
                     dropped += 1
                     if dropped > _MOST_DROPPED:
                         raise
+                except WorkLeftError:
+                    self._forget_texts()
+                    raise
 
         return self.engine.stage(name, healed)
+
+    def _forget_texts(self) -> None:
+        """Asks for sequences and windows anew when they are needed next."""
+        self._calibrations.clear()
+        self.__dict__.pop("windows", None)
 
     def calibration(self, shot: int = 1) -> Reference:
         """Calibration sequences of a shot."""

@@ -1,7 +1,9 @@
 """The one way a task makes a result: key → look up → compute → commit → small reference."""
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -93,8 +95,31 @@ def produce(context: Context, request: Request, compute: Callable[[], Product]) 
     return Outcome(reference, outcome.cached, outcome.seconds)
 
 
+class WorkLeftError(Exception):
+    """Something would have to be computed, which was not allowed."""
+
+
+_ONLY_LOOKING: ContextVar[bool] = ContextVar("only_looking", default=False)
+
+
+@contextmanager
+def only_looking() -> Iterator[None]:
+    """Tasks find their results or raise `WorkLeftError`; none computes anything."""
+    token = _ONLY_LOOKING.set(True)
+    try:
+        yield
+    finally:
+        _ONLY_LOOKING.reset(token)
+
+
 def begin() -> float:
-    """Begins the measurement of a computation; returns what `commit` wants as ``start``."""
+    """Begins a computation, of every task, and its measurement; returns what `commit` wants as ``start``.
+
+    Raises:
+        WorkLeftError: see `only_looking`.
+    """
+    if _ONLY_LOOKING.get():
+        raise WorkLeftError
     reset_peak()
     return time.perf_counter()
 
