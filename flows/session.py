@@ -185,43 +185,42 @@ class Session:
         _ = self.context
 
     def stage(self, name: str, body: Callable[[], T], repair: Callable[[], object] = lambda: None) -> T:
-        """Runs a stage, again if a result that it reads turns out to be damaged or is dropped meanwhile.
+        """Runs a stage; see `healed`."""
+        return self.engine.stage(name, lambda: self.healed(body, repair))
+
+    def healed(self, body: Callable[[], T], repair: Callable[[], object] = lambda: None) -> T:
+        """Does something, again if a result that it reads turns out to be damaged or is dropped meanwhile.
 
         The store has moved a damaged result aside, so whatever needs it finds it missing and computes it; nothing else
         is computed again. A result is dropped by another run on the same store, which has finished what it is for.
 
         Args:
-            name: of the stage.
             body: asks for all it needs by key, whenever it is called.
             repair: makes what the body reads without asking for it.
 
         Raises:
             CorruptObjectError: a result was damaged again after it had been computed again.
         """
-
-        def healed() -> T:
-            damaged: set[str] = set()
-            dropped = 0
-            while True:
-                try:
-                    if damaged:
-                        repair()
-                    return body()
-                except CorruptObjectError as error:
-                    if error.key in damaged:
-                        raise
-                    damaged.add(error.key)
-                    self.warn(f"{error} It is computed again.")
-                    self._forget_texts()
-                except EvictedError:
-                    dropped += 1
-                    if dropped > _MOST_DROPPED:
-                        raise
-                except WorkLeftError:
-                    self._forget_texts()
+        damaged: set[str] = set()
+        dropped = 0
+        while True:
+            try:
+                if damaged:
+                    repair()
+                return body()
+            except CorruptObjectError as error:
+                if error.key in damaged:
                     raise
-
-        return self.engine.stage(name, healed)
+                damaged.add(error.key)
+                self.warn(f"{error} It is computed again.")
+                self._forget_texts()
+            except EvictedError:
+                dropped += 1
+                if dropped > _MOST_DROPPED:
+                    raise
+            except WorkLeftError:
+                self._forget_texts()
+                raise
 
     def _forget_texts(self) -> None:
         """Asks for sequences and windows anew when they are needed next."""

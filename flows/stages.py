@@ -199,7 +199,7 @@ def run_all(session: Session) -> dict[str, Any]:
             run_stage(session, name)
             if name == "calibrate":
                 session.engine.observer.plan(WorkPlan.of(session))
-                require_possible(session)
+                session.healed(partial(require_possible, session))
 
     session.engine.stage("run", body)
     return write_results(session)
