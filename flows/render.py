@@ -1,6 +1,7 @@
 """Results as tables on a terminal."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -22,20 +23,11 @@ def console() -> Console:
 
 def render_results(results: dict[str, Any], console: Console) -> None:
     """The table a run ends with."""
-    dense, pruned = results["dense"], results["pruned"]
+    figures = results["benchmark"]
     table = Table(title=f"{results['provenance']['model']['source']}: dense and pruned", title_justify="left")
     for name in ("", "dense", "pruned", "ratio"):
         table.add_column(name, justify="left" if not name else "right")
-    windows = f"{results['windows']} windows of {results['window_length']} tokens"
-    for name, key, form in (
-        (f"perplexity ({windows})", "perplexity", ".2f"),
-        ("non-zero parameters", "nonzero", ",d"),
-        ("non-zero decoder weights", "linear_nonzero", ",d"),
-    ):
-        ratio = f"{pruned[key] / dense[key]:.2f}"
-        table.add_row(name, format(dense[key], form), format(pruned[key], form), ratio)
-    figures = results["benchmark"]
-    for row in benchmark_rows(figures) if figures else ():
+    for row in result_rows(results):
         table.add_row(*row)
     console.print(table)
     for line in benchmark_lines(figures) if figures else ():
@@ -49,6 +41,22 @@ def render_results(results: dict[str, Any], console: Console) -> None:
         console.print(
             f"{name}: {sample['prompt']}→{sample['continuation']}", highlight=False, markup=False, soft_wrap=True
         )
+
+
+def result_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Name, dense, pruned and ratio of each figure of a run, those of the benchmark included."""
+    dense, pruned = results["dense"], results["pruned"]
+    windows = f"{results['windows']} windows of {results['window_length']} tokens"
+    rows = [
+        (name, format(dense[key], form), format(pruned[key], form), f"{pruned[key] / dense[key]:.2f}")
+        for name, key, form in (
+            (f"perplexity ({windows})", "perplexity", ".2f"),
+            ("non-zero parameters", "nonzero", ",d"),
+            ("non-zero decoder weights", "linear_nonzero", ",d"),
+        )
+    ]
+    figures = results["benchmark"]
+    return rows + (benchmark_rows(figures) if figures else [])
 
 
 def _shot_table(shots: list[dict[str, Any]]) -> Table:
