@@ -79,6 +79,19 @@ def read_reference(directory: Path, key: str) -> Reference | None:
     return reference
 
 
+def read_parameters(directory: Path) -> dict[str, Any]:
+    """What an object was computed with; empty if that was not said.
+
+    Raises:
+        CorruptObjectError: if it cannot be read.
+    """
+    path = directory / GROUP_FILE
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["attributes"]["reference"]["parameters"] or {})
+    except _DAMAGE as error:
+        raise CorruptObjectError(f"The parameters in {path} cannot be read: {error}. {REMEDY}") from error
+
+
 def read_record(directory: Path) -> dict[str, Any]:
     """The volatile facts of an object: label at first commit, created, seconds, host, version.
 
