@@ -1,4 +1,4 @@
-"""Block × kind of linear, as a table whose cells are coloured by their values."""
+"""Blocks by kinds of linears, as a table whose cells are coloured by their values."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -49,6 +49,11 @@ class BlockMap:
     top: str
     unit: str
 
+    @property
+    def differs(self) -> bool:
+        """Whether blocks differ in what is written of them."""
+        return self.totals is not None and len({cell.text for cell in self.totals}) > 1
+
 
 Measure = Callable[[Sequence[LinearFacts]], float | None]
 """Value of one linear or of several together."""
@@ -89,9 +94,7 @@ def build_map(
         for kind in kinds
     ]
     totals = [together([linear for linear in found if linear.block == block]) for block in blocks]
-    return BlockMap(
-        blocks, rows, totals if adds_up else None, together(found) if adds_up else None, f"{top:g}", unit
-    )
+    return BlockMap(blocks, rows, totals if adds_up else None, together(found) if adds_up else None, f"{top:g}", unit)
 
 
 def _cell(value: float | None, factor: float, top: float, digits: int) -> Cell:

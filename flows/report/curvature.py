@@ -25,7 +25,10 @@ def curvature_section(inputs: ReportInputs) -> dict[str, Any]:
 def _spectra(inputs: ReportInputs) -> dict[str, Any]:
     if not inputs.spectra:
         return {"spectra_note": inputs.no_spectra, "spectra": None, "spectra_table": None}
-    found = inputs.spectra
+    order = list(dict.fromkeys(linear.linear for linear in inputs.anatomy.linears))
+    found = {
+        block: {name: linears[name] for name in order if name in linears} for block, linears in inputs.spectra.items()
+    }
     sides = [side for side in _SIDES if any(side in pair for block in found.values() for pair in block.values())]
     panels = [
         [SpectrumPanel(f"block {block}, {_SIDES[side]}", _lines(linears, side)) for block, linears in found.items()]
@@ -34,8 +37,8 @@ def _spectra(inputs: ReportInputs) -> dict[str, Any]:
     blocks = ", ".join(str(block) for block in found)
     description = (
         f"Eigenvalues of the factors of blocks {blocks}, from the largest to the smallest, on a logarithmic axis. "
-        "A line that falls steeply belongs to a factor with few important directions. The table below has the condition "
-        "numbers and effective ranks."
+        "A line that falls steeply belongs to a factor with few important directions. The table below has the "
+        "condition numbers and effective ranks."
     )
     note = (
         f"Eigenvalues of the factors that the last shot measured, of the inputs and of the gradients at the outputs, "

@@ -3,6 +3,7 @@
 import math
 
 MINUS = "\N{MINUS SIGN}"
+ARROW = "\N{RIGHTWARDS ARROW}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 
@@ -18,13 +19,13 @@ def percent(fraction: float, digits: int = 1) -> str:
 
 
 def change(ratio: float) -> str:
-    """What a ratio of pruned to dense is as a change: 0.83 is −17%."""
+    """What a ratio of pruned to dense is as a change in percent: 0.83 is 17% less."""
     difference = round(100 * (ratio - 1))
     return f"{MINUS if difference < 0 else '+'}{abs(difference):,}%" if difference else "\N{PLUS-MINUS SIGN}0%"
 
 
 def times(ratio: float) -> str:
-    """A factor: ×1.27."""
+    """A factor, with the sign of multiplication before it."""
     return f"{TIMES}{ratio:,.2f}" if ratio < 100 else f"{TIMES}{ratio:,.4g}"
 
 
@@ -36,12 +37,11 @@ def short_count(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def bytes_text(number: float) -> str:
-    """Bytes in the largest unit that is not below one."""
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if number >= 1024**power:
-            return f"{number / 1024**power:,.4g} {unit}"
-    return f"{number:,.0f} B"
+def bytes_pair(dense: float, pruned: float) -> str:
+    """Two sizes in the largest unit that is not below one for the first."""
+    power = next((power for power in (3, 2, 1) if dense >= 1024**power), 0)
+    texts = [f"{number / 1024**power:,.3g}" for number in (dense, pruned)]
+    return f" {ARROW} ".join(texts) + f" {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from flows.render import result_rows
 from flows.render_benchmark import benchmark_lines
-from flows.report.numbers import bytes_text, change, percent, short_count, times
+from flows.report.numbers import ARROW, bytes_pair, change, percent, short_count, times
 from flows.report.tables import Table
 from surgeon.choices import ExportLayout
 
@@ -17,7 +17,6 @@ _LOADED_BY = {
     ExportLayout.DENSE: "The export has the shapes of the dense model: nothing is gone as a whole, and removed weights "
     "are stored as zeros.",
 }
-_ARROW = "\N{RIGHTWARDS ARROW}"
 
 
 @dataclass(frozen=True)
@@ -72,16 +71,16 @@ def tiles(results: Mapping[str, Any]) -> list[Tile]:
     """The numbers of the top: always weights, perplexity and size; memory and speed where they were measured."""
     dense, pruned, export, figures = (results[name] for name in ("dense", "pruned", "export", "benchmark"))
     total = dense["linear_weights"]
-    counts = f"{short_count(total)} {_ARROW} {short_count(total * (1 - pruned['sparsity']))}"
+    counts = f"{short_count(total)} {ARROW} {short_count(total * (1 - pruned['sparsity']))}"
     found = [
-        Tile("Decoder weights removed", percent(pruned["sparsity"]), counts, 1.0, pruned["sparsity"]),
+        Tile("Weights removed", percent(pruned["sparsity"]), counts, 1.0, pruned["sparsity"]),
         _tile("Perplexity", dense["perplexity"], pruned["perplexity"], ",.4g", times),
     ]
-    sizes = [bytes_text(export[name]) for name in ("bytes_dense", "bytes")]
-    found.append(_pair("Size", export["bytes_dense"], export["bytes"], f" {_ARROW} ".join(sizes), change))
+    sizes = bytes_pair(export["bytes_dense"], export["bytes"])
+    found.append(_pair("Size", export["bytes_dense"], export["bytes"], sizes, change))
     measured = figures and figures["batches"]
     if not measured:
-        counts = f"{short_count(export['parameters_dense'])} {_ARROW} {short_count(export['parameters'])}"
+        counts = f"{short_count(export['parameters_dense'])} {ARROW} {short_count(export['parameters'])}"
         found.append(_pair("Parameters", export["parameters_dense"], export["parameters"], counts, change))
         return found
     if loaded := figures.get("device_loaded_gib", figures["loaded_gib"]):
@@ -95,7 +94,7 @@ def tiles(results: Mapping[str, Any]) -> list[Tile]:
 
 
 def _tile(label: str, dense: float, pruned: float, form: str, show: Any, unit: str = "") -> Tile:
-    return _pair(label, dense, pruned, f"{dense:{form}} {_ARROW} {pruned:{form}}{unit}", show)
+    return _pair(label, dense, pruned, f"{dense:{form}} {ARROW} {pruned:{form}}{unit}", show)
 
 
 def _pair(label: str, dense: float, pruned: float, note: str, show: Any) -> Tile:
@@ -114,12 +113,22 @@ def result_section(results: Mapping[str, Any]) -> dict[str, Any]:
         notes = ["Memory and speed were not measured on this export; `surgeon benchmark` does it."]
     elif not figures["batches"] and not figures["failure"]:
         notes.append("Speed was not measured (benchmark.rounds is 0).")
+    head: tuple[str, ...] = ("", "dense", "pruned", "ratio")
+    rows: list[tuple[str, ...]] = list(result_rows(results))
+    if figures and figures["batches"]:
+        head, rows = (*head, "of rounds"), [(*row[:3], *_split_ratio(row[3])) for row in rows]
     caption = "Dense and pruned model; sizes, memory and speed are those of the checkpoints as they are loaded"
     return {
         "export_note": note,
-        "result": Table(caption, ("", "dense", "pruned", "ratio"), result_rows(results), style="result"),
+        "result": Table(caption, head, rows, style="result"),
         "result_notes": [*notes, *_overlap(results)],
     }
+
+
+def _split_ratio(text: str) -> tuple[str, str]:
+    """A ratio, and the smallest and largest of the rounds, which stand in brackets behind it."""
+    ratio, _, rounds = text.partition(" (")
+    return ratio, rounds.removesuffix(")")
 
 
 def _overlap(results: Mapping[str, Any]) -> list[str]:

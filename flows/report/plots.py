@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from flows.report.svg import Ink, new_figure, plain, series, style_axes, to_svg
+from flows.report.svg import Ink, drawing, new_figure, plain, series, style_axes, to_svg
 
 _STEEP = 8.0
 """Ratio of the largest to the smallest perplexity above which the axis is logarithmic."""
@@ -26,9 +26,14 @@ def draw_curve(dense: float, shots: Sequence[Mapping[str, Any]]) -> Markup:
         dense: perplexity before pruning.
         shots: entries of `run.json`.
     """
+    with drawing("curve"):
+        return _curve(dense, shots)
+
+
+def _curve(dense: float, shots: Sequence[Mapping[str, Any]]) -> Markup:
     sparsities = [0.0, *(float(shot["sparsity"]) for shot in shots)]
     values = [dense, *(float(shot["perplexity"]) for shot in shots)]
-    figure = new_figure(7.4, 3.7)
+    figure = new_figure(5.5, 3.7)
     axes = figure.subplots()
     style_axes(axes)
     axes.axhline(dense, color=Ink.KEPT, linewidth=1.2, linestyle=(0, (5, 4)))
@@ -39,14 +44,15 @@ def draw_curve(dense: float, shots: Sequence[Mapping[str, Any]]) -> Markup:
     labelled |= {i: f"{value:,.4g}" for i, value in enumerate(values) if i not in labelled and len(shots) <= 8}
     for index, text in labelled.items():
         colour = Ink.TEXT if index in (0, len(shots)) else Ink.MUTED
-        place, side = ((10, -16), "left") if index == 0 else ((-6, 11), "right")
+        falls = index > 0 and values[index] < values[index - 1]
+        place, side = ((10, -16), "left") if index == 0 else ((-6, -17 if falls else 11), "right")
         axes.annotate(
             text, (sparsities[index], values[index]), place, textcoords="offset points", ha=side, color=colour
         )
     if max(values) > _STEEP * min(values):
         axes.set_yscale("log")
     axes.margins(x=0.06, y=0.2)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{100 * value:g}%"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:,.6g}"))
     axes.set_xlabel("decoder weights removed")
@@ -91,6 +97,11 @@ def draw_spectra(rows: Sequence[Sequence[SpectrumPanel]], description: str) -> M
         rows: panels; a row for each side of the linears, a column for each block.
         description: what is to be seen, in words.
     """
+    with drawing("spectra"):
+        return _spectra(rows, description)
+
+
+def _spectra(rows: Sequence[Sequence[SpectrumPanel]], description: str) -> Markup:
     names = list(dict.fromkeys(spectrum.name for row in rows for panel in row for spectrum in panel.spectra))
     figure = new_figure(10.6, 2.75 * len(rows) + 0.32 * -(-len(names) // 4) + 0.2)
     grid = figure.subplots(len(rows), len(rows[0]), sharex=True, sharey=True, squeeze=False)
@@ -107,16 +118,16 @@ def draw_spectra(rows: Sequence[Sequence[SpectrumPanel]], description: str) -> M
     )
     for text in legend.get_texts():
         text.set_color(Ink.TEXT)
-    return to_svg(figure, "spectra", "Spectra of curvature factors", description)
+    return to_svg(figure, "spectra", "Spectra of curvature factors", description, broad=True)
 
 
 def _draw_panel(axes: Axes, panel: SpectrumPanel, names: list[str], handles: dict[str, Any]) -> None:
     style_axes(axes)
-    axes.set_title(plain(panel.title), fontsize=11, loc="left")
+    axes.set_title(plain(panel.title), fontsize=12, loc="left", color=Ink.TEXT)
     axes.set_yscale("log")
     axes.set_ylim(_SMALLEST / 2, 2.0)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{100 * value:g}%"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:.0e}".replace("e-0", "e-")))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}".replace("e-0", "e-")))
     for spectrum in panel.spectra:
         index = names.index(spectrum.name)
         largest = float(spectrum.eigenvalues.max(initial=0.0))

@@ -41,7 +41,9 @@ def provenance_section(inputs: ReportInputs) -> dict[str, Any]:
     return {
         "command": command_line(inputs.params),
         "origin": rows,
-        "parameters": Table("Names as in params.yaml; prune with every choice made", ("parameter", "value"), parameters),
+        "parameters": Table(
+            "Names as in params.yaml; prune with every choice made", ("parameter", "value"), parameters
+        ),
         "version": origin["versions"]["surgeon"],
     }
 
