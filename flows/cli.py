@@ -117,7 +117,8 @@ def run(
 ) -> None:
     """Do the whole job: model, calibration, dense evaluation, shots, export, benchmark, report.
 
-    Ends with a table, data/metrics/run.json and a smaller checkpoint in data/export.
+    Ends with a table, a page about the run (data/report/index.html), its numbers (data/metrics/run.json) and a
+    smaller checkpoint in data/export.
     """
     from flows.render import render_results
     from flows.stages import run_all
@@ -254,7 +255,7 @@ def report(
     as_json: AsJson = False,
     engine: EngineName = None,
 ) -> None:
-    """Sample both models and put all results together in data/metrics/run.json; show the table."""
+    """Sample both models and put all results together: data/metrics/run.json and data/report; show the table."""
     from flows.render import render_results
     from flows.stages import run_stage, write_results
 

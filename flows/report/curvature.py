@@ -34,6 +34,7 @@ def _spectra(inputs: ReportInputs) -> dict[str, Any]:
         [SpectrumPanel(f"block {block}, {_SIDES[side]}", _lines(linears, side)) for block, linears in found.items()]
         for side in sides
     ]
+    names = [name for name in order if any(name in linears for linears in found.values())]
     blocks = ", ".join(str(block) for block in found)
     description = (
         f"Eigenvalues of the factors of blocks {blocks}, from the largest to the smallest, on a logarithmic axis. "
@@ -47,7 +48,7 @@ def _spectra(inputs: ReportInputs) -> dict[str, Any]:
     )
     return {
         "spectra_note": note,
-        "spectra": draw_spectra(panels, description),
+        "spectra": draw_spectra(panels, names, description),
         "spectra_table": _spectra_table(found, inputs.anatomy.dampings),
     }
 
@@ -136,7 +137,7 @@ def _solvers(inputs: ReportInputs) -> dict[str, Any]:
     ]
     if not rows:
         note = "No update needed an iterative solver: each was solved directly, or there was none."
-        return {"solver_note": note, "solvers": None, "unsolved": None}
+        return {"solver_note": note, "solver_warning": "", "solvers": None, "unsolved": None}
     head = ("shot", "linears", "iterations", "worst residual", "not converged")
     left = [linear for linear in inputs.anatomy.linears if linear.converged is False]
     unsolved = [
@@ -147,10 +148,13 @@ def _solvers(inputs: ReportInputs) -> dict[str, Any]:
         f"Updates of single weights are solved by conjugate gradients, to a residual of "
         f"{inputs.results['provenance']['parameters']['prune']['tolerance']:g} relative to the right-hand side."
     )
+    last = inputs.results["shots"][-1]["convergence"]
+    warning = f"{last['not_converged']} of {last['linears']} linears stopped before that in the last shot: raise "
     names = ("block, linear", "iterations", "residual")
     caption = "They stopped at prune.max_iterations; their weights are valid, but not the best for the curvature"
     return {
         "solver_note": note,
+        "solver_warning": f"{warning}prune.max_iterations." if last["not_converged"] else "",
         "solvers": Table("Conjugate gradients of every shot", head, rows),
         "unsolved": Table(caption, names, unsolved) if unsolved else None,
     }

@@ -116,7 +116,7 @@ def result_section(results: Mapping[str, Any]) -> dict[str, Any]:
     head: tuple[str, ...] = ("", "dense", "pruned", "ratio")
     rows: list[tuple[str, ...]] = list(result_rows(results))
     if figures and figures["batches"]:
-        head, rows = (*head, "of rounds"), [(*row[:3], *_split_ratio(row[3])) for row in rows]
+        head, rows = (*head, "rounds"), [(*row[:3], *_split_ratio(row[3])) for row in rows]
     caption = "Dense and pruned model; sizes, memory and speed are those of the checkpoints as they are loaded"
     return {
         "export_note": note,
@@ -127,8 +127,8 @@ def result_section(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def _split_ratio(text: str) -> tuple[str, str]:
     """A ratio, and the smallest and largest of the rounds, which stand in brackets behind it."""
-    ratio, _, rounds = text.partition(" (")
-    return ratio, rounds.removesuffix(")")
+    ratio, _, rounds = text.partition(" ")
+    return ratio, rounds
 
 
 def _overlap(results: Mapping[str, Any]) -> list[str]:

@@ -90,19 +90,19 @@ class SpectrumPanel:
     spectra: Sequence[CurveSet]
 
 
-def draw_spectra(rows: Sequence[Sequence[SpectrumPanel]], description: str) -> Markup:
+def draw_spectra(rows: Sequence[Sequence[SpectrumPanel]], names: Sequence[str], description: str) -> Markup:
     """Eigenvalues over their position, each relative to the largest of its factor, on a log axis.
 
     Args:
         rows: panels; a row for each side of the linears, a column for each block.
+        names: of all spectra, in the order of the legend.
         description: what is to be seen, in words.
     """
     with drawing("spectra"):
-        return _spectra(rows, description)
+        return _spectra(rows, names, description)
 
 
-def _spectra(rows: Sequence[Sequence[SpectrumPanel]], description: str) -> Markup:
-    names = list(dict.fromkeys(spectrum.name for row in rows for panel in row for spectrum in panel.spectra))
+def _spectra(rows: Sequence[Sequence[SpectrumPanel]], names: Sequence[str], description: str) -> Markup:
     figure = new_figure(10.6, 2.75 * len(rows) + 0.32 * -(-len(names) // 4) + 0.2)
     grid = figure.subplots(len(rows), len(rows[0]), sharex=True, sharey=True, squeeze=False)
     handles: dict[str, Any] = {}
@@ -113,15 +113,20 @@ def _spectra(rows: Sequence[Sequence[SpectrumPanel]], description: str) -> Marku
         axes.set_ylabel("relative to the largest")
     for axes in grid[-1, :]:
         axes.set_xlabel("position among all")
+    drawn = [name for name in names if name in handles]
     legend = figure.legend(
-        handles.values(), [plain(name) for name in handles], loc="outside lower center", ncols=4, frameon=False
+        [handles[name] for name in drawn],
+        [plain(name) for name in drawn],
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
     )
     for text in legend.get_texts():
         text.set_color(Ink.TEXT)
     return to_svg(figure, "spectra", "Spectra of curvature factors", description, broad=True)
 
 
-def _draw_panel(axes: Axes, panel: SpectrumPanel, names: list[str], handles: dict[str, Any]) -> None:
+def _draw_panel(axes: Axes, panel: SpectrumPanel, names: Sequence[str], handles: dict[str, Any]) -> None:
     style_axes(axes)
     axes.set_title(plain(panel.title), fontsize=12, loc="left", color=Ink.TEXT)
     axes.set_yscale("log")
