@@ -1,5 +1,7 @@
 """Puts the page together: one HTML file that needs nothing else, no network and no script."""
 
+import json
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
@@ -31,6 +33,8 @@ _TURN = 7
 
 def render_page(inputs: ReportInputs) -> str:
     """The page as text; the same inputs give the same text."""
+    # One order of all names, whether they come from a run or were read back.
+    inputs = replace(inputs, results=json.loads(json.dumps(inputs.results, sort_keys=True)))
     results = inputs.results
     page: dict[str, Any] = {
         **headline(results),
