@@ -167,8 +167,8 @@ def read_anatomy(store: Store, references: Mapping[str, Reference], shots: int) 
         raise InputError(f"there are no updates of {last} among the {len(references)} results of the run")
     anatomy = Anatomy(shots, [], [])
     for block, shapes in enumerate(blocks):
-        anatomy.linears.extend(_linears(store, references, last, block, shapes, anatomy.missing))
-        anatomy.dampings.extend(_dampings(store, references, last, block, shapes))
+        anatomy.linears.extend(linear_facts(store, references, shots, block, shapes, anatomy.missing))
+        anatomy.dampings.extend(damping_facts(store, references, shots, block, shapes))
     for shot in range(1, shots + 1):
         _read_costs(store, references, shot, blocks, anatomy)
     return anatomy
@@ -212,15 +212,16 @@ def _summary(shot: int, block: int, of: str, unit: str, samples: list[Sample]) -
     )
 
 
-def _linears(
+def linear_facts(
     store: Store,
     references: Mapping[str, Reference],
-    shot: str,
+    shot: int,
     block: int,
     shapes: tuple[LinearShape, ...],
     missing: list[str],
 ) -> list[LinearFacts]:
-    place = f"{shot}/block-{block:02d}"
+    """The linears of one block after a shot; what cannot be said is added to ``missing``."""
+    place = f"{shot_label(shot)}/block-{block:02d}"
     final = references.get(f"{place}/correction") or references[f"{place}/update"]
     rows: list[int | None] = [None] * len(shapes)
     columns: list[int | None] = [None] * len(shapes)
@@ -252,10 +253,11 @@ def _linears(
     return found
 
 
-def _dampings(
-    store: Store, references: Mapping[str, Reference], shot: str, block: int, shapes: tuple[LinearShape, ...]
+def damping_facts(
+    store: Store, references: Mapping[str, Reference], shot: int, block: int, shapes: tuple[LinearShape, ...]
 ) -> list[DampingFacts]:
-    place = f"{shot}/block-{block:02d}"
+    """The damping of the linears of one block in a shot."""
+    place = f"{shot_label(shot)}/block-{block:02d}"
     asked = store.parameters(references[f"{place}/update"].key)
     costs = references.get(f"{place}/costs")
     facts = costs.attributes["linears"] if costs is not None else {}
