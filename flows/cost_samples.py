@@ -81,9 +81,11 @@ class MaskReader:
         return {name: self._stored.array(name) for name in self._stored.names()}
 
     @property
-    def _shared(self) -> bool:
-        """Whether all candidates share one threshold."""
-        return bool(self.parameters["allocation"] == Allocation.GLOBAL)
+    def _threshold(self) -> float | None:
+        """The one of all candidates; None where each linear has its own, or nothing went."""
+        attributes = self.mask.attributes
+        is_shared = self.parameters["allocation"] == Allocation.GLOBAL
+        return attributes["threshold"] if is_shared and attributes["n_removed"] else None
 
     def samples(self, block: int, costs: StoredObject) -> Iterator[Sample]:
         """All candidates of a block, one linear at a time."""
@@ -96,9 +98,8 @@ class MaskReader:
 
     def _units(self, block: int, costs: StoredObject) -> Iterator[Sample]:
         """They go in their order, whatever the others cost."""
-        threshold = self.mask.attributes["threshold"] if self._shared else None
-        if self.parameters["ranking"] != Ranking.COST:
-            threshold = None  # it is per freed weight, parameter or second
+        # Else it is per freed weight, parameter or second.
+        threshold = self._threshold if self.parameters["ranking"] == Ranking.COST else None
         for kind, of in UNITS.items():
             values = costs.array(f"{kind}/costs")
             n_gone = values.size - self.mask.attributes["kept"][kind][block]
@@ -107,7 +108,7 @@ class MaskReader:
     def _structures(self, block: int, costs: StoredObject) -> Iterator[Sample]:
         per_weight = self.parameters["ranking"] == Ranking.COST_PER_WEIGHT
         unit = PER_WEIGHT if per_weight else COST
-        threshold = self.mask.attributes["threshold"] if self._shared else None
+        threshold = self._threshold
         flat = [shape for shapes in self.blocks for shape in shapes]
         first = sum(len(shapes) for shapes in self.blocks[:block])
         shapes = self.blocks[block]
@@ -139,7 +140,7 @@ class MaskReader:
                 of = f"groups of {values.shape[1] // candidates.shape[1]} weights"
                 # The cut says which groups go; a group that goes loses its N cheapest.
                 goes = _group_goes(candidates, cut)
-            threshold = cut.threshold if cut.per_row < 0 else None
+            threshold = cut.threshold if cut.per_row < 0 and self.mask.attributes["n_removed"] else None
             yield Sample(shape.name, of, COST, candidates[live].numpy(), goes[live].numpy(), threshold)
 
 

@@ -129,35 +129,3 @@ def render_status(lines: list[dict[str, Any]], console: Console) -> None:
     for line in lines:
         table.add_row(line["stage"], line["found"], line["would_run"] or "nothing")
     console.print(table)
-
-
-def render_objects(rows: list[dict[str, Any]], console: Console) -> None:
-    """Objects of a store."""
-    table = Table()
-    for name in ("name", "kind", "arrays", "digest", "MiB"):
-        table.add_column(name, justify="right" if name == "MiB" else "left", no_wrap=name != "arrays")
-    for row in rows:
-        arrays = ", ".join(f"{name} {shape}" for name, shape in list(row["arrays"].items())[:2])
-        more = f" … {len(row['arrays']) - 2} more" if len(row["arrays"]) > 2 else ""
-        size = f"{row['bytes'] / 2**20:.1f}" if row["payload"] else "evicted"
-        table.add_row(row["name"], row["kind"], arrays + more, row["digest"][:12], size)
-    console.print(table)
-
-
-def render_block(layers: list[dict[str, Any]], console: Console) -> None:
-    """Factors of one block."""
-    table = Table()
-    for name in ("linear", "shape", "live", "cond A", "cond G", "rank A", "rank G", "reads"):
-        table.add_column(name, justify="left" if name in ("linear", "reads") else "right")
-    for row in layers:
-        table.add_row(
-            row["linear"],
-            "x".join(map(str, row["shape"])),
-            "x".join(map(str, row["live"])),
-            f"{row['condition_A']:.1e}",
-            "-" if row["condition_G"] is None else f"{row['condition_G']:.1e}",
-            f"{row['effective_rank_A']:.0f}",
-            "-" if row["effective_rank_G"] is None else f"{row['effective_rank_G']:.0f}",
-            row["reads"],
-        )
-    console.print(table)

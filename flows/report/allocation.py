@@ -7,6 +7,7 @@ from flows.anatomy import Anatomy, LinearFacts
 from flows.report.block_map import build_map
 from flows.report.numbers import percent
 from flows.report.tables import Table, bar
+from surgeon.choices import UpdateRule
 
 
 def allocation_section(results: Mapping[str, Any], anatomy: Anatomy) -> dict[str, Any]:
@@ -22,8 +23,13 @@ def allocation_section(results: Mapping[str, Any], anatomy: Anatomy) -> dict[str
     }
 
 
-def update_section(anatomy: Anatomy) -> dict[str, Any]:
-    """The map of how much what was kept has changed."""
+def update_section(anatomy: Anatomy, update: UpdateRule) -> dict[str, Any]:
+    """The map of how much what was kept has changed.
+
+    Args:
+        anatomy: of the run.
+        update: how kept weights are changed.
+    """
     known = [linear for linear in anatomy.linears if linear.update_size is not None]
     changed = [linear for linear in known if linear.update_size]
     note = (
@@ -31,6 +37,8 @@ def update_section(anatomy: Anatomy) -> dict[str, Any]:
         "the weights before it: how much the remaining weights make up for the removed ones."
     )
     if not changed:
+        note = "No kept weight was changed in the last shot."
+    if update is UpdateRule.NONE:
         note = "The kept weights are those of the dense model: this method removes, and updates nothing."
     corrected = any(linear.correction_size for linear in anatomy.linears)
     return {

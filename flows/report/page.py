@@ -16,6 +16,7 @@ from flows.report.overview import headline, result_section, tiles
 from flows.report.provenance import provenance_section
 from flows.report.shots import shot_section
 from flows.report.timing import time_section
+from surgeon.choices import UpdateRule
 
 _SECTIONS = (
     ("result", "Result"),
@@ -43,7 +44,7 @@ def render_page(inputs: ReportInputs) -> str:
         **result_section(results),
         **shot_section(results),
         **allocation_section(results, inputs.anatomy),
-        **update_section(inputs.anatomy),
+        **update_section(inputs.anatomy, UpdateRule(results["provenance"]["parameters"]["prune"]["update"])),
         **curvature_section(inputs),
         **time_section(results, inputs.timings),
         "samples": [(name, results["samples"][name]) for name in ("dense", "pruned")],

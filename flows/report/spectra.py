@@ -5,46 +5,35 @@ from collections.abc import Mapping
 from flows.cost_samples import block_shapes
 from flows.session import Session
 from flows.shot import shot_label
-from surgeon.curvature.spec import Statistic
+from flows.spectra import can_be_had, spectrum_work
 from surgeon.store import Reference, Store
-from tasks.spectra import SpectrumWork, find_spectra, spectrum_task
+from tasks.spectra import SpectrumWork, spectrum_task
 
 References = Mapping[str, Reference]
 
 
 def spectrum_works(references: References, shots: int) -> list[SpectrumWork]:
-    """The first, the middle and the last block of the last shot, as far as their factors were measured.
+    """The first, the middle and the last block of the last shot, as far as their curvature has factors.
 
     Args:
         references: of the manifest.
         shots: number of shots.
     """
-    label = shot_label(shots)
-    blocks = block_shapes(references, label)
-    works = []
-    for block in sorted({0, len(blocks) // 2, len(blocks) - 1}):
-        place = f"block-{block:02d}"
-        names = {statistic: f"{label}/{place}/{statistic.value}" for statistic in Statistic}
-        statistics = {statistic: references[name] for statistic, name in names.items() if name in references}
-        before = references.get(f"{shot_label(shots - 1)}/{place}/update")
-        work = SpectrumWork(block, blocks[block], statistics, before, label)
-        if work.factors:
-            works.append(work)
-    return works
+    n_blocks = len(block_shapes(references, shot_label(shots)))
+    blocks = sorted({0, n_blocks // 2, n_blocks - 1})
+    return [work for block in blocks if (work := spectrum_work(references, shots, block)) is not None]
 
 
 def make_spectra(session: Session, references: References, shots: int) -> dict[str, Reference]:
     """Spectra by readable name: those that are there, and those whose factors are."""
-    path = session.workspace.store
-    store = Store(path)
-    found: dict[str, Reference] = {}
-    for work in spectrum_works(references, shots):
-        known = find_spectra(path, work)
-        factors_are_there = all(store.has_payload(reference.key) for reference in work.factors.values())
-        if factors_are_there or (known is not None and store.has_payload(known.key)):
-            name = f"{work.label}/block-{work.block:02d}/spectra"
-            found[name] = session.engine.task(spectrum_task, path, work, name=name)
-    return found
+    store = Store(session.workspace.store)
+    return {
+        (name := f"{work.label}/block-{work.block:02d}/spectra"): session.engine.task(
+            spectrum_task, store.root, work, name=name
+        )
+        for work in spectrum_works(references, shots)
+        if can_be_had(store, work)
+    }
 
 
 def why_no_spectra(references: References, shots: int) -> str:
