@@ -16,6 +16,7 @@ from flows.card import model_card
 from flows.checks import check_prunable
 from flows.destination import require_destination
 from flows.prune import prune, require_possible
+from flows.report import make_spectra, write_report
 from flows.results import build_results, provenance
 from flows.session import Session
 from flows.shot import Shot
@@ -149,7 +150,7 @@ def benchmark_again(session: Session) -> None:
 
 
 def report(session: Session) -> None:
-    """Continues the prompt with both models and writes `data/metrics/run.json`."""
+    """Continues the prompt with both models, and looks into the factors of some blocks."""
     _require_same_parameters(session)
     settings = session.params.report
     samples = {
@@ -158,8 +159,8 @@ def report(session: Session) -> None:
         ).attributes
         for name, state in (("dense", session.dense), ("pruned", pruned_state(session)))
     }
-    _finish(session, "report", {}, {"samples": samples})
-    write_results(session)
+    spectra = make_spectra(session, _manifest(session), len(_stage_facts(session, "prune")["shots"]))
+    _finish(session, "report", spectra, {"samples": samples})
 
 
 _BODIES: dict[str, Callable[[Session], None]] = {
@@ -194,27 +195,33 @@ def run_all(session: Session) -> dict[str, Any]:
     require_destination(session.workspace.export, is_own=True, overwrite=False, quick=True)
     check_prunable(session)
 
-    def body() -> None:
+    def body() -> dict[str, Any]:
         for name in STAGES:
             run_stage(session, name)
             if name == "calibrate":
                 session.engine.observer.plan(WorkPlan.of(session))
                 session.healed(partial(require_possible, session))
+        return write_results(session)
 
-    session.engine.stage("run", body)
-    return write_results(session)
+    return session.engine.stage("run", body)
 
 
 def write_results(session: Session) -> dict[str, Any]:
-    """Puts the stages' facts and timings together into `data/metrics/run.json`."""
+    """Puts the stages' facts and timings together: `data/metrics/run.json`, and the page about it.
+
+    It comes after the last stage, so that the time of that one is in it.
+    """
+    return session.healed(partial(_write_results, session), partial(prune, session))
+
+
+def _write_results(session: Session) -> dict[str, Any]:
     facts = {name: _stage_facts(session, name) for name in STAGES if name not in ("model", "benchmark")}
     facts["benchmark"] = current_benchmark(session)
     timings = {name: read_json(session.workspace.timing_file(name)) or {} for name in STAGES}
-    references = {
-        name: Reference.from_json(value) for name, value in (read_json(session.workspace.manifest) or {}).items()
-    }
-    results = build_results(Store(session.workspace.store), references, facts, timings, provenance(session))
+    store, references = Store(session.workspace.store), _manifest(session)
+    results = build_results(store, references, facts, timings, provenance(session))
     write_json(session.workspace.metrics, results)
+    write_report(session, results, references, timings)
     return results
 
 
@@ -276,6 +283,11 @@ def _require_same_parameters(session: Session) -> None:
             f"the last prune stage ran with other parameters ({'; '.join(changed)}): run `surgeon prune` first, or "
             "give the same -S options"
         )
+
+
+def _manifest(session: Session) -> dict[str, Reference]:
+    found = read_json(session.workspace.manifest) or {}
+    return {name: Reference.from_json(value) for name, value in found.items()}
 
 
 def _stage_facts(session: Session, name: str) -> dict[str, Any]:

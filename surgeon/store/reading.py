@@ -79,6 +79,12 @@ def read_reference(directory: Path, key: str) -> Reference | None:
     return reference
 
 
+def read_parameters(directory: Path) -> dict[str, Any]:
+    """What an object was computed with; empty if that was not said. Its reference has been read, and so checked."""
+    stored = json.loads((directory / GROUP_FILE).read_text(encoding="utf-8"))
+    return dict(stored["attributes"]["reference"]["parameters"] or {})
+
+
 def read_record(directory: Path) -> dict[str, Any]:
     """The volatile facts of an object: label at first commit, created, seconds, host, version.
 

@@ -16,7 +16,7 @@ from surgeon.store.files import is_stale, remove_tree, sync, walk_files
 from surgeon.store.keys import canonical_json, digest_arrays, digest_sorted
 from surgeon.store.locks import file_lock
 from surgeon.store.payload import drop_payload, restore_payload
-from surgeon.store.reading import StoredObject, read_record, read_reference
+from surgeon.store.reading import StoredObject, read_parameters, read_record, read_reference
 from surgeon.store.reference import Reference
 from surgeon.store.root import EVICTED_FILE, is_key, open_root
 from surgeon.store.writing import write_object
@@ -211,6 +211,15 @@ class Store:
         """
         self._existing(key)
         return read_record(self._paths.object(key))
+
+    def parameters(self, key: str) -> dict[str, Any]:
+        """What was given to `commit` as the parameters of an object; empty if nothing was.
+
+        Raises:
+            StoreError: if there is no such object.
+        """
+        self._existing(key)
+        return read_parameters(self._paths.object(key))
 
     def size_bytes(self, key: str) -> int:
         """Size of all files of an object.

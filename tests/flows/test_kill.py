@@ -14,8 +14,9 @@ import pytest
 from tests.flows.project import Project, Started, slow, tasks_of
 
 KILLED = -9
-N_OBJECTS = 5 + 2 * 15
-"""Sequences, windows, dense evaluation, 2 samples; shots of 6 factors, 3 costs, mask, 3 updates, record, evaluation."""
+N_OBJECTS = 5 + 2 * 15 + 3
+"""Sequences, windows, dense evaluation, 2 samples; shots of 6 factors, 3 costs, mask, 3 updates, record, evaluation; 3
+spectra."""
 ONE_GROUP, THREE_GROUPS = (0,), (0, 1, 2)
 
 
