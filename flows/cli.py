@@ -374,6 +374,55 @@ def _is_full_disk(error: BaseException | None) -> bool:
     return False
 
 
+@app.command()
+def clean(
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without this nothing is changed.")] = False,
+    older_than: Annotated[
+        float, typer.Option("--older-than", metavar="DAYS", min=0, help="Younger results stay, needed or not.")
+    ] = 14.0,
+    ignore_unknown: Annotated[
+        bool,
+        typer.Option("--ignore-unknown", help="Go on though versions are tracked whose results are not on this disk."),
+    ] = False,
+    damaged: Annotated[bool, typer.Option("--damaged", help="Remove what was set aside as damaged, too.")] = False,
+    forget: Annotated[
+        list[Path] | None, typer.Option("--forget", help="A workspace that is gone: keep nothing for it. Repeat.")
+    ] = None,
+    override: Override = None,
+    params: ParamsFile = None,
+    project: Root = Path(),
+    as_json: AsJson = False,
+) -> None:
+    """Say what in the store nothing needs any more; with --yes, remove it.
+
+    Needed is what the last run, tags, branches and DVC experiments name, of every workspace that shares the store.
+    """
+    from flows.cleaning import CleanOptions
+    from flows.cleaning import clean as clean_store
+    from flows.opening import open_workspace
+    from flows.render_clean import render_clean
+
+    options = CleanOptions(older_than, ignore_unknown, damaged, tuple(forget or ()))
+    _show(clean_store(open_workspace(project, params, override), options, remove=yes), as_json, render_clean)
+
+
+@app.command()
+def restore(
+    override: Override = None, params: ParamsFile = None, project: Root = Path(), as_json: AsJson = False
+) -> None:
+    """Take the results that data/run.zarr and data/manifest.json hold back into the store, checked and as hard links.
+
+    For after `dvc checkout` of an old version whose results were cleaned. A new clone does it by itself.
+    """
+    from flows.opening import open_workspace
+    from flows.render_clean import render_restored
+    from flows.restoring import restore as restore_run
+
+    restored = restore_run(open_workspace(project, params, override))
+    _show(restored.to_json(), as_json, render_restored)
+    restored.raise_damage()
+
+
 def main() -> None:
     """Entry point: exit status 0 done, 2 bad input (one message, no traceback), 1 anything else."""
     try:

@@ -42,6 +42,7 @@ def compare_all(session: Session, runs: Sequence[Run]) -> Comparison:
             check_pruning(one)
         except InputError as error:
             raise type(error)(f"{run.label} ({run.table}): {error}") from error
+    session.register()
     comparison = session.stage(STAGE, lambda: _compare(session, runs, sessions))
     write_timing(session, STAGE)
     write_comparison(session.workspace.comparison, comparison)
@@ -51,7 +52,7 @@ def compare_all(session: Session, runs: Sequence[Run]) -> Comparison:
 def _compare(session: Session, runs: Sequence[Run], sessions: Sequence[Session]) -> Comparison:
     for one in {each.params.seed: each for each in sessions}.values():
         _ = one.windows  # keeps the windows apart from the calibration sequences of every seed
-    dense = dense_evaluation(session).attributes
+    dense = dense_evaluation(session)
     tables: dict[str, Table] = {}
     rows: dict[tuple[str, str], Row] = {}
     used: dict[tuple[str, str], dict[str, Reference]] = {}
@@ -65,8 +66,12 @@ def _compare(session: Session, runs: Sequence[Run], sessions: Sequence[Session])
         rows[place].cells.extend(cells)
         used.setdefault(place, {}).update(references)
         rows[place].usage = _usage(Store(session.context.store), used[place].values())
+    shared = [session.calibration(), session.windows, dense]
     return Comparison(
-        {name: dense[name] for name in ("perplexity", "loss")}, _protocol(session, runs), [*tables.values()]
+        {name: dense.attributes[name] for name in ("perplexity", "loss")},
+        _protocol(session, runs),
+        [*tables.values()],
+        sorted({ref.key for ref in shared} | {key for references in used.values() for key in references}),
     )
 
 
@@ -101,7 +106,7 @@ def _cell(store: Store, sparsity: float, shots: Sequence[Shot]) -> Cell:
 
 
 def _references(shots: Sequence[Shot]) -> dict[str, Reference]:
-    return {ref.key: ref for shot in shots for ref in (*shot.references.values(), *shot.passed_on)}
+    return {ref.key: ref for shot in shots for ref in (*shot.references.values(), *shot.passed_on, shot.stored)}
 
 
 def _usage(store: Store, references: Iterable[Reference]) -> Usage:

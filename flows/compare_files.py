@@ -12,6 +12,8 @@ from flows.comparison import USAGE_TITLES, Cell, Comparison, Row, Table, show_pe
 from flows.workspace import write_bytes, write_json
 
 NAME = "comparison"
+OBJECTS = "objects.json"
+"""Keys of all results that the comparison was made from, so that `surgeon clean` keeps them."""
 FIELDS = (
     *("table", "row", "sparsity", "reached", "perplexity", "loss"),
     *("statistics_s", "costs_mask_s", "update_s", "peak_memory_gib", "shots", "error"),
@@ -26,6 +28,7 @@ def write_comparison(folder: Path, comparison: Comparison) -> None:
     write_bytes(folder / f"{NAME}.csv", long_form(comparison).encode())
     write_bytes(folder / f"{NAME}.png", draw_comparison(comparison))
     write_json(folder / f"{NAME}.json", comparison.metrics())
+    write_json(folder / OBJECTS, comparison.objects)
 
 
 def markdown(comparison: Comparison) -> str:

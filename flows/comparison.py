@@ -103,11 +103,13 @@ class Comparison:
         dense: perplexity and loss before pruning.
         protocol: what all rows share, by name.
         tables: in the order of the file.
+        objects: keys of all results that it was made from.
     """
 
     dense: dict[str, float]
     protocol: dict[str, str]
     tables: list[Table]
+    objects: list[str] = field(default_factory=list)
 
     def metrics(self) -> dict[str, dict[str, dict[str, float]]]:
         """Table → row → sparsity → perplexity; failed cells are left out."""

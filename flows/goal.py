@@ -91,6 +91,7 @@ def _speedup(session: "Session", speedup: float) -> Goal:
     from tasks.block_times import block_times_task, read_block_times
 
     reference = session.engine.task(block_times_task, session.context, BATCH, LENGTH, name="block-times")
+    session.block_times = reference
     times = read_block_times(session.context, reference)
     n_neurons, n_groups = (sub.n_units for sub in reversed(block_sub_layers(session.model, 0)))
     usage = Usage(

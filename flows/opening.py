@@ -29,7 +29,17 @@ def open_session(root: Path, params: Params, quiet: bool) -> Iterator[Session]:
     root = root.resolve()
     with Display(quiet) as display:
         engine = PrefectEngine(root, display) if params.run.engine == "prefect" else InlineEngine(display)
-        yield Session(params, Workspace(root, params.run.store), engine, display.say, display.warn)
+        session = Session(params, Workspace(root, params.run.store), engine, display.say, display.warn)
+        try:
+            yield session
+        finally:
+            session.close()
+
+
+def open_workspace(root: Path, params_file: Path | None, overrides: Sequence[str] | None) -> Workspace:
+    """The files of a project directory, for what needs no model and runs no task."""
+    params = load_params(parameter_file(root, params_file), overrides or [])
+    return Workspace(root.resolve(), params.run.store)
 
 
 @contextmanager

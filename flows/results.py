@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 from flows.session import Session
+from flows.shot import SHOT
 from surgeon import __version__
 from surgeon.store import Reference, Store
 
@@ -55,6 +56,8 @@ def build_results(
     seconds: dict[str, float] = defaultdict(float)
     by_shot: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for name, reference in references.items():
+        if reference.kind == SHOT.kind:
+            continue  # made of the others
         spent = float(store.record(reference.key).get("seconds") or 0.0)
         seconds[reference.kind] += spent
         if name.startswith("shot-"):

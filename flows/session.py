@@ -1,5 +1,6 @@
 """What all flows of one command share: parameters, files, the opened model layout and how to execute."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,7 @@ from flows.checks import check_pruning
 from flows.engine import Engine
 from flows.goal import Goal, find_goal
 from flows.params import Params
+from flows.restoring import refill
 from flows.workspace import Workspace
 from surgeon.choices import Device, Structure
 from surgeon.correction.adapters import AdapterSettings
@@ -20,13 +22,14 @@ from surgeon.errors import CorruptObjectError, EvictedError, ParameterError
 from surgeon.memory import MemoryEstimate, blocks_that_fit
 from surgeon.models import Checkpoint, resolve_model
 from surgeon.recipe import Recipe
-from surgeon.store import Reference, Store
+from surgeon.store import Presence, Reference, Store, register
 from tasks.calibration import SequenceSpec, WindowSpec, require_length, require_separate, sequences_task, windows_task
 from tasks.context import Context, ModelSpec, ModelState, describe_model
 from tasks.stage import WorkLeftError
 from tasks.units import output_linears
 
 T = TypeVar("T")
+_COMMAND_LENGTH = 200
 MEMORY_SHARE = 0.6
 """Part of the available memory a run takes when run.memory_gib is not given."""
 _MOST_DROPPED = 20
@@ -45,6 +48,7 @@ class Session:
         warn: shows a line that must be seen.
         keeps_first_shot: whether what the first shot measured stays whatever `run.keep` says, because other sessions
             start from the same model.
+        block_times: what the target was turned into a fraction with, if that was measured.
     """
 
     params: Params
@@ -53,6 +57,7 @@ class Session:
     say: Callable[[str], None] = lambda _line: None
     warn: Callable[[str], None] = lambda _line: None
     keeps_first_shot: bool = False
+    block_times: Reference | None = None
     _calibrations: dict[SequenceSpec, Reference] = field(default_factory=dict)
 
     @cached_property
@@ -124,7 +129,9 @@ class Session:
         """Store, model and execution settings for tasks."""
         run = self.params.run
         device = self.device
+        _ = self.presence
         Store(self.workspace.store).clear_stale_tmp()
+        refill(self.workspace, self.say)
         return Context(
             store=self.workspace.store,
             model=self.model,
@@ -132,6 +139,20 @@ class Session:
             batch_size=run.batch_size,
             blocks_per_group=run.blocks_per_group or self._blocks_per_group(),
         )
+
+    @cached_property
+    def presence(self) -> Presence:
+        """Keeps `surgeon clean` off the store for as long as the session lives."""
+        return Presence(self.workspace.store, " ".join(["surgeon", *sys.argv[1:]])[:_COMMAND_LENGTH], self.say)
+
+    def close(self) -> None:
+        """Gives the store free, if it was used."""
+        if "presence" in self.__dict__:
+            self.presence.leave()
+
+    def register(self) -> None:
+        """Writes into the store that the workspace names results in it, so that `surgeon clean` asks it."""
+        register(self.workspace.store, self.workspace.home)
 
     @property
     def dense(self) -> ModelState:
@@ -144,7 +165,15 @@ class Session:
         What has been opened is shared, so nothing is read or hashed twice, and what is measured of the dense model
         stays in the store for the next.
         """
-        other = Session(params, self.workspace, self.engine, self.say, self.warn, True, self._calibrations)
+        other = Session(
+            params,
+            self.workspace,
+            self.engine,
+            self.say,
+            self.warn,
+            keeps_first_shot=True,
+            _calibrations=self._calibrations,
+        )
         shared = ["checkpoint", "model", "context", *(["windows"] if params.seed == self.params.seed else [])]
         other.__dict__.update({name: getattr(self, name) for name in shared})
         return other

@@ -38,7 +38,7 @@ class Shot:
         state: the model after it.
         references: all its results; the same however blocks were grouped.
         passed_on: hidden states and gradients that groups of blocks handed to each other.
-        record: facts (sparsity, predicted cost, number of structures or weights removed, convergence).
+        stored: its record.
         evaluation: perplexity and counts.
     """
 
@@ -47,8 +47,13 @@ class Shot:
     state: ModelState
     references: dict[str, Reference]
     passed_on: list[Reference]
-    record: dict[str, Any]
+    stored: Reference
     evaluation: Reference
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Facts: sparsity, predicted cost, number of structures or weights removed, convergence."""
+        return self.stored.attributes
 
     @property
     def label(self) -> str:
@@ -99,14 +104,14 @@ class ShotRun:
         finished = self._finished()
         if finished is not None:
             self.session.engine.reuse(self._task_names())
-        references, record = finished or self._run_tasks()
-        state = self._state_of(record)
+        references, stored = finished or self._run_tasks()
+        state = self._state_of(stored)
         evaluation = self._task(
             evaluation_task, self.context, state, self.session.windows, self.label, name=f"{self.label}/evaluation"
         )
         references[f"{self.label}/evaluation"] = evaluation
         passed_on = self.statistics.passed_on()
-        return Shot(self.number, self.target, state, references, passed_on, record, evaluation)
+        return Shot(self.number, self.target, state, references, passed_on, stored, evaluation)
 
     def finished_state(self) -> ModelState | None:
         """The state after the shot if it is finished, without running anything."""
@@ -137,18 +142,18 @@ class ShotRun:
         """Whether what goes is chosen before the update, not by it."""
         return self.recipe.update.rule is not UpdateRule.SEQUENTIAL
 
-    def _finished(self) -> tuple[dict[str, Reference], dict[str, Any]] | None:
+    def _finished(self) -> tuple[dict[str, Reference], Reference] | None:
         """All results by name and the record of the shot, if nothing is missing and its weights can be read."""
         found = self._lookup(self._request())
         if found is None or not all(self.store.has_payload(key) for key, _ in found.attributes["updates"]):
             return None
-        record = dict(found.attributes)
-        references = {name: self.store.lookup(key) for name, key in record["names"].items()}
+        references = {name: self.store.lookup(key) for name, key in found.attributes["names"].items()}
         there = {name: reference for name, reference in references.items() if reference is not None}
-        return (there, record) if len(there) == len(references) else None
+        return (there, found) if len(there) == len(references) else None
 
-    def _state_of(self, record: dict[str, Any]) -> ModelState:
-        return ModelState(self.state.checkpoint_digest, tuple(StoredBlock(*update) for update in record["updates"]))
+    def _state_of(self, stored: Reference) -> ModelState:
+        updates = tuple(StoredBlock(*update) for update in stored.attributes["updates"])
+        return ModelState(self.state.checkpoint_digest, updates)
 
     def _lookup(self, request: Request) -> Reference | None:
         return self.store.lookup(request.key(self.context))
@@ -173,7 +178,7 @@ class ShotRun:
         """How low-rank adapters are trained after the updates; None if they are not."""
         return self.session.adapters if self.recipe.correction is Correction.ADAPTERS else None
 
-    def _run_tasks(self) -> tuple[dict[str, Reference], dict[str, Any]]:
+    def _run_tasks(self) -> tuple[dict[str, Reference], Reference]:
         self.statistics.ensure({b for b in self.blocks if self.statistics.lookup(b) is None}, first=True)
         works = [self._work(b, self.statistics.lookup(b)) for b in self.blocks]
         names: dict[str, Reference] = {}
@@ -205,8 +210,7 @@ class ShotRun:
             "convergence": facts["convergence"],
             "correction": after[0].attributes.get("correction"),
         }
-        produce(self.context, self._request(), lambda: Product({}, record))
-        return names, record
+        return names, produce(self.context, self._request(), lambda: Product({}, record)).value
 
     def _work(self, block: int, statistics: Any) -> BlockWork:
         assert statistics is not None, f"{self.label}: statistics of block {block} are missing"

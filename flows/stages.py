@@ -79,7 +79,9 @@ def prune_stage(session: Session) -> None:
         "dense/evaluation": dense_evaluation(session),
     }
     for shot in shots:
-        references |= shot.references
+        references |= {**shot.references, f"{shot.label}/shot": shot.stored}
+    if session.block_times is not None:
+        references["dense/block-times"] = session.block_times
     facts = {
         "shots": [_shot_facts(shot) for shot in shots],
         "pruned": {**shots[-1].evaluation.attributes, "sparsity": shots[-1].record["sparsity"]},
@@ -153,14 +155,16 @@ def report(session: Session) -> None:
     """Continues the prompt with both models, and looks into the factors of some blocks."""
     _require_same_parameters(session)
     settings = session.params.report
-    samples = {
+    samples: dict[str, Reference] = {
         name: session.engine.task(
             sample_task, session.context, state, settings.prompt, settings.new_tokens, name, name=f"{name}/sample"
-        ).attributes
+        )
         for name, state in (("dense", session.dense), ("pruned", pruned_state(session)))
     }
     spectra = make_spectra(session, _manifest(session), len(_stage_facts(session, "prune")["shots"]))
-    _finish(session, "report", spectra, {"samples": samples})
+    named = {f"{name}/sample": sample for name, sample in samples.items()}
+    facts = {"samples": {name: sample.attributes for name, sample in samples.items()}}
+    _finish(session, "report", {**spectra, **named}, facts)
 
 
 _BODIES: dict[str, Callable[[Session], None]] = {
@@ -185,6 +189,7 @@ def run_stage(session: Session, name: str, body: Callable[[], None] | None = Non
         name: of the stage.
         body: what it does, where it is not what the stage always does.
     """
+    session.register()
     repair = partial(prune, session) if name in _READERS_OF_PRUNED else lambda: None
     session.stage(name, body or partial(_BODIES[name], session), repair)
     write_timing(session, name)

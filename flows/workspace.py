@@ -8,6 +8,7 @@ from typing import Any
 
 STORE_VARIABLE = "SURGEON_STORE"
 MODELS_VARIABLE = "SURGEON_MODELS"
+_EXPERIMENTS = (".dvc", "tmp", "exps")
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,21 @@ class Workspace:
         return self.root / "data"
 
     @property
+    def home(self) -> Path:
+        """The project itself: for a DVC experiment in a directory of its own, the project that it was started in."""
+        return project_of(self.root)
+
+    @property
     def store(self) -> Path:
-        """The content-addressed store: an absolute path, so that experiments elsewhere can share it."""
+        """The content-addressed store, an absolute path; experiments share that of their project."""
         chosen = os.environ.get(STORE_VARIABLE) or self.store_option
-        return (self.root / chosen).resolve() if chosen else (self.data / "store").resolve()
+        return (self.home / (chosen or "data/store")).resolve()
 
     @property
     def models(self) -> Path:
         """Converted and fetched checkpoints; `SURGEON_MODELS` names a directory that projects share."""
         chosen = os.environ.get(MODELS_VARIABLE)
-        return Path(chosen).expanduser().resolve() if chosen else self.data / "models"
+        return Path(chosen).expanduser().resolve() if chosen else self.home / "data" / "models"
 
     @property
     def view(self) -> Path:
@@ -81,6 +87,17 @@ class Workspace:
     def timing_file(self, stage: str) -> Path:
         """How a stage went the last time: seconds, tasks executed and cached, memory."""
         return self.data / "timings" / f"{stage}.json"
+
+
+def project_of(root: Path) -> Path:
+    """The project that a directory belongs to: itself, unless DVC made it for an experiment below `.dvc/tmp/exps`."""
+    inner = next((folder for folder in (root, *root.parents) if (folder / ".dvc").is_dir()), None)
+    if inner is None:
+        return root
+    for folder in inner.parents:
+        if folder.parts[-len(_EXPERIMENTS) :] == _EXPERIMENTS:
+            return folder.parents[len(_EXPERIMENTS) - 1] / root.relative_to(inner)
+    return root
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from flows.restoring import refill
 from flows.workspace import Workspace, read_json
 from surgeon.errors import InputError
 from surgeon.store import Reference, Store
@@ -17,6 +18,7 @@ def open_store(workspace: Workspace) -> Store:
     Raises:
         InputError: there is none yet.
     """
+    refill(workspace)
     if not workspace.store.is_dir():
         raise InputError(f"there is no store at {workspace.store} yet; `surgeon run` makes one")
     return Store(workspace.store)

@@ -9,6 +9,8 @@ from pathlib import Path
 from surgeon.store.files import remove_tree, sync, write_file
 from surgeon.store.root import EVICTED_FILE, GROUP_FILE
 
+_FOREIGN = "taken in\n"
+
 
 def drop_payload(directory: Path, trash: Path) -> None:
     """Marks an object as evicted and deletes its arrays; finishes an eviction that was interrupted.
@@ -20,6 +22,17 @@ def drop_payload(directory: Path, trash: Path) -> None:
     write_file(directory / EVICTED_FILE, "")
     sync(directory)
     _remove_arrays(directory, trash)
+
+
+def write_foreign_marker(directory: Path) -> None:
+    """Marks an object of which only the reference was taken in from elsewhere, as evicted."""
+    write_file(directory / EVICTED_FILE, _FOREIGN)
+
+
+def is_foreign(directory: Path) -> bool:
+    """Whether only the reference of an object was taken in from elsewhere, so that no content was ever seen here."""
+    marker = directory / EVICTED_FILE
+    return marker.is_file() and marker.read_text(encoding="utf-8") == _FOREIGN
 
 
 def restore_payload(directory: Path, staging: Path, trash: Path) -> None:

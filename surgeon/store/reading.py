@@ -100,7 +100,10 @@ class StoredObject:
     """A committed object, open for reading. Made by `Store.open`."""
 
     def __init__(
-        self, directory: Path, reference: Reference, damaged: Callable[[CorruptObjectError], CorruptObjectError]
+        self,
+        directory: Path,
+        reference: Reference,
+        damaged: Callable[[CorruptObjectError], CorruptObjectError] = lambda error: error,
     ) -> None:
         """Opens the group and counts the chunks of every array.
 

@@ -51,6 +51,16 @@ class StorePaths:
         """Directory of objects which were set aside."""
         return self.root / "corrupt"
 
+    @property
+    def users(self) -> Path:
+        """Directory of the processes that write to the store now."""
+        return self.root / "users"
+
+    @property
+    def roots(self) -> Path:
+        """Directory of the workspaces whose results are in the store."""
+        return self.root / "roots"
+
     def object(self, key: str) -> Path:
         """Directory of one object.
 

@@ -15,7 +15,7 @@ from surgeon.store.arrays import StorableArray, checked_arrays
 from surgeon.store.files import is_stale, remove_tree, sync, walk_files
 from surgeon.store.keys import canonical_json, digest_arrays, digest_sorted
 from surgeon.store.locks import file_lock
-from surgeon.store.payload import drop_payload, restore_payload
+from surgeon.store.payload import drop_payload, is_foreign, restore_payload
 from surgeon.store.reading import StoredObject, read_parameters, read_record, read_reference
 from surgeon.store.reference import Reference
 from surgeon.store.root import EVICTED_FILE, is_key, open_root
@@ -99,7 +99,7 @@ class Store:
         staging = self._paths.new_temporary(key)
         try:
             reference = write_object(staging, draft, checked, plain_parameters, seconds, peak_memory_gib)
-            self._publish(staging, reference)
+            self.publish(staging, reference)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -154,6 +154,48 @@ class Store:
                 raise self._unknown(key)
             return self._set_aside(key)
 
+    def staging(self, key: str) -> Path:
+        """A fresh path for the files of an object before it is published; nothing is created."""
+        return self._paths.new_temporary(key)
+
+    def publish(self, staging: Path, reference: Reference) -> None:
+        """Makes a complete object visible. If there is one already, it must be equal; if evicted, it is restored.
+
+        Args:
+            staging: the object, on disk in full; what is left of it is the caller's to remove.
+            reference: its reference.
+
+        Raises:
+            NondeterminismError: if the same key was committed with another content.
+        """
+        target = self._paths.object(reference.key)
+        target.parent.mkdir(exist_ok=True)
+        with self.frozen(reference.key):
+            try:
+                existing = self._read(reference.key, "")
+            except CorruptObjectError:
+                self._set_aside(reference.key)
+                existing = None
+            if existing is not None and existing.digest != reference.digest and is_foreign(target):
+                # Only its reference came, from a machine that may round in another way; its arrays were never here.
+                trash = self.staging(reference.key)
+                target.rename(trash)
+                remove_tree(trash)
+                existing = None
+            if existing is None:
+                staging.rename(target)
+                sync(target.parent)
+                sync(self._paths.objects)
+                return
+            self._require_equal(replace(existing, label=reference.label), reference.digest)
+            if not self.has_payload(reference.key) and not (staging / EVICTED_FILE).exists():
+                restore_payload(target, staging, self._paths.new_temporary(reference.key))
+
+    def set_aside(self) -> set[str]:
+        """Keys of which an object was set aside, whether it was computed again or not."""
+        folder = self._paths.corrupt
+        return {item.name.partition("-")[0] for item in folder.iterdir()} if folder.is_dir() else set()
+
     def evict(self, key: str) -> None:
         """Drops the arrays of an object and keeps its reference. Killed half-way, it leaves a valid evicted object.
 
@@ -163,6 +205,20 @@ class Store:
         self._existing(key)
         with self.frozen(key):
             drop_payload(self._paths.object(key), self._paths.new_temporary(key))
+
+    def delete(self, key: str) -> None:
+        """Removes an object, reference and all. Killed half-way, it leaves the object whole or not there.
+
+        Raises:
+            StoreError: if there is no such object.
+        """
+        directory, trash = self._paths.object(key), self._paths.new_temporary(key)
+        with self.frozen(key):
+            if not directory.exists():
+                raise self._unknown(key)
+            directory.rename(trash)
+            sync(directory.parent)
+        remove_tree(trash)
 
     def lock(self, key: str, timeout_s: float | None = None) -> AbstractContextManager[None]:
         """Held while an object is computed, so that no two processes compute the same one.
@@ -190,12 +246,16 @@ class Store:
                 "Free some space, clean finished runs, or move the store to a larger disk."
             )
 
+    def all_keys(self) -> Iterator[str]:
+        """The keys of all objects, evicted ones too, sorted; nothing is read."""
+        for prefix in sorted(item for item in self._paths.objects.iterdir() if item.is_dir()):
+            yield from sorted(item.name for item in prefix.iterdir() if is_key(item.name))
+
     def entries(self) -> Iterator[Reference]:
         """The references of all objects, evicted ones too, sorted by key."""
-        for prefix in sorted(item for item in self._paths.objects.iterdir() if item.is_dir()):
-            for name in sorted(item.name for item in prefix.iterdir() if is_key(item.name)):
-                if (reference := self.lookup(name)) is not None:
-                    yield reference
+        for key in self.all_keys():
+            if (reference := self.lookup(key)) is not None:
+                yield reference
 
     def path(self, key: str) -> Path:
         """Directory of an object, whether it is there or not."""
@@ -291,24 +351,6 @@ class Store:
         sync(self._paths.corrupt)
         sync(directory.parent)
         return target
-
-    def _publish(self, staging: Path, reference: Reference) -> None:
-        target = self._paths.object(reference.key)
-        target.parent.mkdir(exist_ok=True)
-        with self.frozen(reference.key):
-            try:
-                existing = self._read(reference.key, "")
-            except CorruptObjectError:
-                self._set_aside(reference.key)
-                existing = None
-            if existing is None:
-                staging.rename(target)
-                sync(target.parent)
-                sync(self._paths.objects)
-                return
-            self._require_equal(replace(existing, label=reference.label), reference.digest)
-            if not self.has_payload(reference.key):
-                restore_payload(target, staging, self._paths.new_temporary(reference.key))
 
     def _require_equal(self, existing: Reference, digest: str) -> None:
         if existing.digest != digest:

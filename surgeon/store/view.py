@@ -116,7 +116,7 @@ def _link_object(store: Store, key: str, draft: Path, name: str) -> None:
             target = draft / name / path
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                _link_or_copy(source / path, target)
+                link_or_copy(source / path, target)
             except FileExistsError as error:
                 raise _conflict(name, target.relative_to(draft)) from error
 
@@ -125,7 +125,8 @@ def _conflict(name: str, place: Path) -> StoreError:
     return StoreError(f"The view's entry {name!r} claims {place}, where another entry lies. Rename one of them.")
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where that is impossible."""
     try:
         os.link(source, target)
     except OSError as error:

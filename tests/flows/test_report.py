@@ -228,7 +228,8 @@ def test_keyboard_reaches_everything(finished: Project, browser: Browser) -> Non
         reached.append(
             browser.run(
                 "const e = document.activeElement, s = getComputedStyle(e), b = e.getBoundingClientRect();"
-                "return [e.tagName, e.className, s.outlineStyle, parseFloat(s.outlineWidth), b.bottom > 0 && b.top < 900]"
+                "return [e.tagName, e.className, s.outlineStyle, parseFloat(s.outlineWidth),"
+                " b.bottom > 0 && b.top < 900]"
             )
         )
     assert reached[0][:2] == ["A", "skip"]

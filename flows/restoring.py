@@ -1,0 +1,120 @@
+"""Fills the store again from the workspace: from the view, the manifest and what stages wrote down.
+
+These three are what DVC tracks; the store is not. After `dvc pull` in a new clone, or `dvc checkout` of an old version
+after a clean, this makes everything they name a hit again, without a second copy on disk.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flows.workspace import Workspace, read_json
+from surgeon.errors import CorruptObjectError, InputError, StoreError
+from surgeon.store import Presence, Reference, Store, digest_arrays, register, registered, take_in
+
+SAMPLE = "sample"
+
+
+@dataclass
+class Restored:
+    """What was done, in numbers of objects.
+
+    Attributes:
+        taken: with all their arrays, checked.
+        references: of objects whose arrays the view does not have.
+        there: before.
+        set_aside: not taken, because they were set aside in this store on purpose.
+        damaged: not taken, because what lies in the view is not what the manifest says; one line each.
+    """
+
+    taken: int
+    references: int
+    there: int
+    set_aside: int
+    damaged: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dict for JSON."""
+        return asdict(self)
+
+    def raise_damage(self) -> None:
+        """Raises an error if something could not be taken in.
+
+        Raises:
+            StoreError: saying how much and what to do.
+        """
+        if self.damaged:
+            raise StoreError(
+                f"{len(self.damaged)} results of the view are damaged and were not taken in; the others were. Get them "
+                "again (`dvc checkout --force`, `dvc pull`), or run: they are then computed."
+            )
+
+
+def refill(workspace: Workspace, say: Callable[[str], None] = lambda _line: None) -> None:
+    """Restores the workspace's run into a store that has not seen the workspace yet, as in a new clone.
+
+    Later what is missing may have been removed on purpose, and only `surgeon restore` brings it back.
+    """
+    if not (workspace.manifest.is_file() and workspace.view.is_dir()):
+        return
+    if workspace.store.is_dir() and workspace.home in registered(workspace.store):
+        return
+    say(f"taking in {workspace.view}, which this store has not seen yet")
+    restored = restore(workspace)
+    for line in restored.damaged:
+        say(line)
+    register(workspace.store, workspace.home)
+
+
+def restore(workspace: Workspace) -> Restored:
+    """Takes all results of the workspace's run that the store lacks in from `data/run.zarr`.
+
+    Raises:
+        InputError: if there is no manifest or no view.
+    """
+    manifest = read_json(workspace.manifest)
+    if manifest is None or not workspace.view.is_dir():
+        missing = workspace.view if manifest is not None else workspace.manifest
+        raise InputError(f"{missing} is missing, so there is nothing to restore from; get it with `dvc pull`")
+    presence = Presence(workspace.store, "surgeon restore")
+    try:
+        return _restore(workspace, manifest)
+    finally:
+        presence.leave()
+
+
+def _restore(workspace: Workspace, manifest: dict[str, Any]) -> Restored:
+    store = Store(workspace.store)
+    done = Restored(0, 0, 0, 0, [])
+    set_aside = store.set_aside()
+    for name, value in manifest.items():
+        reference = Reference.from_json(value)
+        if reference.key in set_aside:
+            done.set_aside += 1
+            continue
+        try:
+            is_new = take_in(store, reference, workspace.view / name)
+        except CorruptObjectError as error:
+            done.damaged.append(f"{name}: {error}")
+            continue
+        if not is_new:
+            done.there += 1
+        elif store.has_payload(reference.key):
+            done.taken += 1
+        else:
+            done.references += 1
+    done.taken += _restore_samples(workspace, store, set_aside)
+    return done
+
+
+def _restore_samples(workspace: Workspace, store: Store, set_aside: set[str]) -> int:
+    """Samples are made after the view; they have no arrays, and the report wrote all of them down."""
+    report = read_json(workspace.stage_file("report")) or {"references": {}, "facts": {"samples": {}}}
+    taken = 0
+    for name, (key, digest) in report["references"].items():
+        attributes = report["facts"]["samples"].get(name.removesuffix(f"/{SAMPLE}"))
+        is_wanted = key not in set_aside and attributes is not None and store.lookup(key, label="") is None
+        if is_wanted and digest_arrays({}, attributes) == digest:
+            store.commit(key, SAMPLE, {}, attributes, label=name)
+            taken += 1
+    return taken
