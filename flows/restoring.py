@@ -11,6 +11,7 @@ from typing import Any
 from flows.workspace import Workspace, read_json
 from surgeon.errors import CorruptObjectError, InputError, StoreError
 from surgeon.store import Presence, Reference, Store, digest_arrays, register, registered, take_in
+from surgeon.store.arrays import check_name
 
 SAMPLE = "sample"
 
@@ -88,7 +89,7 @@ def _restore(workspace: Workspace, manifest: dict[str, Any]) -> Restored:
     done = Restored(0, 0, 0, 0, [])
     set_aside = store.set_aside()
     for name, value in manifest.items():
-        reference = Reference.from_json(value)
+        reference = _named(workspace, name, value)
         if reference.key in set_aside:
             done.set_aside += 1
             continue
@@ -105,6 +106,15 @@ def _restore(workspace: Workspace, manifest: dict[str, Any]) -> Restored:
             done.references += 1
     done.taken += _restore_samples(workspace, store, set_aside)
     return done
+
+
+def _named(workspace: Workspace, name: str, value: Any) -> Reference:
+    """The reference under a name, which must lie inside the view: a manifest may come from anywhere."""
+    try:
+        check_name(name)
+        return Reference.from_json(value)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{workspace.manifest}, {name!r}: {error}") from error
 
 
 def _restore_samples(workspace: Workspace, store: Store, set_aside: set[str]) -> int:
