@@ -38,8 +38,8 @@ def update_section(anatomy: Anatomy, update: UpdateRule) -> dict[str, Any]:
     )
     if not changed:
         note = "No kept weight was changed in the last shot."
-    if update is UpdateRule.NONE:
-        note = "The kept weights are those of the dense model: this method removes, and updates nothing."
+        if update is UpdateRule.NONE:
+            note = "The kept weights are those of the dense model: this method removes, and updates nothing."
     corrected = any(linear.correction_size for linear in anatomy.linears)
     return {
         "update_note": note,

@@ -53,7 +53,10 @@ def duration(seconds: float) -> str:
 
 
 def rough(number: float) -> str:
-    """A number of any size, in three digits: 0.012 or 1.2e-09."""
-    if number == 0 or not math.isfinite(number):
+    """A number of any size, in about three digits: 12,345 or 0.0120 or 1.2e-09."""
+    size = abs(number)
+    if size == 0 or not math.isfinite(number):
         return f"{number:g}"
-    return f"{number:,.3g}" if 1e-3 <= abs(number) < 1e6 else f"{number:.1e}"
+    if 1e-3 <= size < 1e6:
+        return f"{number:,.0f}" if size >= 100 else f"{number:#.3g}"
+    return f"{number:.1e}"

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flows.comparison import show_perplexity
 from flows.render import result_rows
 from flows.render_benchmark import benchmark_lines
 from flows.report.numbers import ARROW, bytes_pair, change, percent, short_count, times
@@ -41,15 +42,15 @@ class Tile:
 def headline(results: Mapping[str, Any]) -> dict[str, Any]:
     """Name, removed fraction and one sentence of what it cost."""
     dense, pruned, export = results["dense"], results["pruned"], results["export"]
-    cost = pruned["perplexity"] / dense["perplexity"]
+    costs = (dense["perplexity"], pruned["perplexity"])
     size = round(100 * (1 - export["bytes"] / export["bytes_dense"]))
     smaller = f"The checkpoint is {size}% smaller" if size > 0 else "The checkpoint is as large as before"
     loads = " and loads in stock transformers" if export["layout"] == ExportLayout.STOCK else ""
     return {
         "model": results["provenance"]["model"]["source"],
         "removed": percent(pruned["sparsity"]),
-        "lead": f"Perplexity on held-out text goes from {dense['perplexity']:,.2f} to {pruned['perplexity']:,.2f} "
-        f"({times(cost)}). {smaller}{loads}.",
+        "lead": f"Perplexity on held-out text goes from {' to '.join(map(show_perplexity, costs))} "
+        f"({times(costs[1] / costs[0])}). {smaller}{loads}.",
         "chips": _chips(results),
     }
 
@@ -72,9 +73,10 @@ def tiles(results: Mapping[str, Any]) -> list[Tile]:
     dense, pruned, export, figures = (results[name] for name in ("dense", "pruned", "export", "benchmark"))
     total = dense["linear_weights"]
     counts = f"{short_count(total)} {ARROW} {short_count(total * (1 - pruned['sparsity']))}"
+    costs = (dense["perplexity"], pruned["perplexity"])
     found = [
         Tile("Weights removed", percent(pruned["sparsity"]), counts, 1.0, pruned["sparsity"]),
-        _tile("Perplexity", dense["perplexity"], pruned["perplexity"], ",.4g", times),
+        _pair("Perplexity", *costs, f" {ARROW} ".join(map(show_perplexity, costs)), times),
     ]
     sizes = bytes_pair(export["bytes_dense"], export["bytes"])
     found.append(_pair("Size", export["bytes_dense"], export["bytes"], sizes, change))

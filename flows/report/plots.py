@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from flows.comparison import show_perplexity
 from flows.report.svg import Ink, drawing, new_figure, plain, series, style_axes, to_svg
 
 _STEEP = 8.0
@@ -40,8 +41,8 @@ def _curve(dense: float, shots: Sequence[Mapping[str, Any]]) -> Markup:
     axes.plot(sparsities, values, color=Ink.REMOVED, linewidth=2.4, zorder=3)
     axes.plot(sparsities[1:], values[1:], "o", color=Ink.REMOVED, markersize=8, zorder=4)
     axes.plot(0.0, dense, "o", color=Ink.KEPT, markersize=9, zorder=4)
-    labelled = {0: f"dense {dense:,.4g}", len(shots): f"{values[-1]:,.4g}"}
-    labelled |= {i: f"{value:,.4g}" for i, value in enumerate(values) if i not in labelled and len(shots) <= 8}
+    labelled = {0: f"dense {show_perplexity(dense)}", len(shots): show_perplexity(values[-1])}
+    labelled |= {i: show_perplexity(value) for i, value in enumerate(values) if i not in labelled and len(shots) <= 8}
     for index, text in labelled.items():
         colour = Ink.TEXT if index in (0, len(shots)) else Ink.MUTED
         falls = index > 0 and values[index] < values[index - 1]

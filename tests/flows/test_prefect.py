@@ -15,6 +15,7 @@ import pytest
 from flows.prefect_engine import OWNER_VARIABLE, end_orphaned_servers
 from tests.flows.project import COMMAND, Finished, Project, environment
 
+SECRET = {"HF_TOKEN": "hf_kept5secret"}
 DAMPING = ("-S", "prune.damping=0.3")
 
 
@@ -24,7 +25,7 @@ def run(params: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tup
     settings = {name: value for name, value in params["run"].items() if name != "engine"}
     one_shot = params | {"prune": {"multiple": 8, "sparsity": 0.2, "shots": 1}, "run": settings}
     project = Project(tmp_path_factory.mktemp("prefect") / "project", one_shot)
-    return project, project.console("run", "--json"), project.console("prune", "--quiet", *DAMPING)
+    return project, project.console("run", "--json", **SECRET), project.console("prune", "--quiet", *DAMPING)
 
 
 def runs(project: Project, table: str) -> list[tuple[str, str, str]]:
@@ -39,6 +40,12 @@ def test_says_nothing_of_prefect(run: tuple[Project, Finished, Finished]) -> Non
     assert json.loads(first.stdout) == project.results() | json.loads(first.stdout)
     assert first.stderr == ""
     assert second == Finished(0, "", "")
+
+
+def test_no_secret_in_the_records(run: tuple[Project, Finished, Finished]) -> None:
+    files = [path for path in run[0].root.rglob("*") if path.is_file()]
+    assert [path for path in files if path.name == "prefect.db"]
+    assert [path for path in files if b"kept5secret" in path.read_bytes()] == []
 
 
 def test_same_weights_and_objects_as_inline(run: tuple[Project, Finished, Finished], tmp_path: Path) -> None:

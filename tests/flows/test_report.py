@@ -229,7 +229,7 @@ def test_keyboard_reaches_everything(finished: Project, browser: Browser) -> Non
             browser.run(
                 "const e = document.activeElement, s = getComputedStyle(e), b = e.getBoundingClientRect();"
                 "return [e.tagName, e.className, s.outlineStyle, parseFloat(s.outlineWidth),"
-                " b.bottom > 0 && b.top < 900]"
+                " b.bottom > 0 && b.top < 900];"
             )
         )
     assert reached[0][:2] == ["A", "skip"]
@@ -263,7 +263,10 @@ def test_headings_form_an_outline(finished: Project, browser: Browser) -> None:
 
 def test_print_shows_what_is_folded_away(finished: Project, browser: Browser) -> None:
     browser.open(page_of(finished))
-    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    ground = browser.run("return getComputedStyle(document.querySelector('.tile')).backgroundColor")
+    dark = {"name": "prefers-color-scheme", "value": "dark"}
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": [dark]})
+    assert browser.run("return getComputedStyle(document.querySelector('.tile')).backgroundColor") == ground
     shown = "return [...document.querySelectorAll('details table')].filter(t => t.checkVisibility()).length"
     assert browser.run(shown) == browser.run("return document.querySelectorAll('details table').length") > 3
     assert not browser.run("return document.querySelector('nav').checkVisibility()")
