@@ -12,6 +12,7 @@ from flows.compare_spec import percent
 from flows.inspection.block import BlockView, Factor, LinearView
 from flows.inspection.objects import bytes_by_kind
 from flows.inspection.run import RunView, Totals
+from surgeon.curvature.spectrum import LARGEST_CONDITION
 
 T = TypeVar("T")
 _SHOWN = (0.05, 0.5, 0.95)
@@ -173,11 +174,16 @@ def _factor_cells(factor: Factor) -> list[str]:
     return [
         f"{spectrum.values.size:,}",
         f"{spectrum.effective_rank():.1f}",
-        _optional(spectrum.condition(), _small),
+        _optional(spectrum.condition(), _condition),
         f"{factor.damping:g}" if factor.damping else "-",
-        _optional(spectrum.condition(factor.damping), _small) if factor.damping else "-",
+        _optional(spectrum.condition(factor.damping), _condition) if factor.damping else "-",
         *ends,
     ]
+
+
+def _condition(value: float) -> str:
+    """Beyond what float32 resolves it is only a bound."""
+    return f">= {_small(value)}" if value >= LARGEST_CONDITION else _small(value)
 
 
 def _costs(view: BlockView) -> Table:
