@@ -168,7 +168,7 @@ def test_objects_of_the_run_and_of_the_store(again: Project) -> None:
     row = next(row for row in rows if row["name"] == "shot-01/block-00/input-factors")
     assert row["payload"]
     assert row["bytes"] > 10_000
-    again.surgeon("run", "--quiet", "-S", "run.keep=none", "-S", "prune.damping=0.05").ok()
+    again.surgeon("prune", "--quiet", "-S", "run.keep=none", "-S", "prune.damping=0.05").ok()
     everything = json.loads(again.surgeon("inspect", "--store", "--json").ok().stdout)
     assert {row["key"] for row in everything} == set(again.labels())
     assert len({row["name"] for row in everything}) < len(everything)  # of two runs some have the same label
