@@ -284,7 +284,8 @@ def compare(
     """
     from flows.compare import compare_all
     from flows.compare_spec import load_spec, plan_runs
-    from flows.opening import open_session, parameter_file, with_engine
+    from flows.opening import open_session, with_engine
+    from flows.project import parameter_file
     from flows.render import render_comparison
 
     runs = plan_runs(load_spec(file), file, parameter_file(project, params), with_engine(override, engine))
@@ -399,7 +400,7 @@ def clean(
     """
     from flows.cleaning import CleanOptions
     from flows.cleaning import clean as clean_store
-    from flows.opening import open_workspace
+    from flows.project import open_workspace
     from flows.render_clean import render_clean
 
     options = CleanOptions(older_than, ignore_unknown, damaged, tuple(forget or ()))
@@ -414,7 +415,7 @@ def restore(
 
     For after `dvc checkout` of an old version whose results were cleaned. A new clone does it by itself.
     """
-    from flows.opening import open_workspace
+    from flows.project import open_workspace
     from flows.render_clean import render_restored
     from flows.restoring import restore as restore_run
 

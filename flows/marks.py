@@ -74,7 +74,7 @@ def find_marks(homes: Iterable[Path]) -> Marks:
 def _add_revision(marks: Marks, home: Path, revision: Revision) -> None:
     for name, text in revision.files.items():
         try:
-            marks.add(keys_in(json.loads(text)), f"version {revision.name} of {home}")
+            marks.add(keys_in(json.loads(text)), f"{revision.name} of {home}")
         except ValueError:
             marks.unknown.append(f"{revision.name} of {home}: {name} is no JSON")
     if revision.missing:

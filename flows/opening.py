@@ -8,14 +8,9 @@ from flows.display import Display
 from flows.engine import InlineEngine
 from flows.params import Params, load_params
 from flows.prefect_engine import PrefectEngine
+from flows.project import parameter_file
 from flows.session import Session
 from flows.workspace import Workspace
-
-
-def parameter_file(root: Path, given: Path | None) -> Path | None:
-    """The parameter file: the one given, or that of the project, if there."""
-    default = root.resolve() / "params.yaml"
-    return given or (default if default.is_file() else None)
 
 
 def with_engine(overrides: Sequence[str] | None, engine: str | None) -> list[str]:
@@ -34,12 +29,6 @@ def open_session(root: Path, params: Params, quiet: bool) -> Iterator[Session]:
             yield session
         finally:
             session.close()
-
-
-def open_workspace(root: Path, params_file: Path | None, overrides: Sequence[str] | None) -> Workspace:
-    """The files of a project directory, for what needs no model and runs no task."""
-    params = load_params(parameter_file(root, params_file), overrides or [])
-    return Workspace(root.resolve(), params.run.store)
 
 
 @contextmanager

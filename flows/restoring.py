@@ -52,15 +52,16 @@ class Restored:
 
 
 def refill(workspace: Workspace, say: Callable[[str], None] = lambda _line: None) -> None:
-    """Restores the workspace's run into a store that has not seen the workspace yet, as in a new clone.
+    """Restores the run of a workspace in which no command ever ran, as in a new clone after `dvc pull`.
 
-    Later what is missing may have been removed on purpose, and only `surgeon restore` brings it back.
+    In any other, what a store lacks may be missing on purpose (another store, to compare machines; a store removed, to
+    compute all again), and only `surgeon restore` brings it back.
     """
-    if not (workspace.manifest.is_file() and workspace.view.is_dir()):
+    if not (workspace.manifest.is_file() and workspace.view.is_dir()) or workspace.timing_file("model").parent.exists():
         return
     if workspace.store.is_dir() and workspace.home in registered(workspace.store):
         return
-    say(f"taking in {workspace.view}, which this store has not seen yet")
+    say(f"taking in {workspace.view}, which was made elsewhere")
     restored = restore(workspace)
     for line in restored.damaged:
         say(line)

@@ -34,10 +34,11 @@ def revisions(home: Path) -> Iterator[Revision]:
         if repo is None or not hasattr(repo.scm, "get_ref"):
             return  # without git there is only the workspace
         data = f"{home.relative_to(Path(repo.root_dir).resolve()).as_posix()}/data/".removeprefix("./")
+        experiments = _experiment_names(repo)
         names = repo.brancher(all_branches=True, all_tags=True, all_experiments=True, workspace=False)
         texts: dict[str, str] = {}
         for name in names:
-            yield _read_revision(repo, str(name), data, texts)
+            yield _read_revision(repo, experiments.get(name, name), data, texts)
 
 
 def experiment_folders(home: Path) -> list[Path]:
@@ -65,6 +66,13 @@ def _repository(home: Path) -> Iterator["Repo | None"]:
         return
     with repo:
         yield repo
+
+
+def _experiment_names(repo: "Repo") -> dict[str, str]:
+    """Commit of each experiment → its name."""
+    from dvc.repo.experiments.utils import exp_refs
+
+    return {str(repo.scm.get_ref(str(ref))): f"experiment {ref.name}" for ref in exp_refs(repo.scm)}
 
 
 def _read_revision(repo: "Repo", name: str, data: str, texts: dict[str, str]) -> Revision:

@@ -1,67 +1,15 @@
 """The project's own dvc.yaml, in a new git repository with a tiny model: what runs again, and what lies on disk."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.flows.project import ROOT, Project, environment
-
-STAGES = ("model", "calibrate", "evaluate", "prune", "export", "benchmark", "report")
-
-
-class Repository(Project):
-    """A git repository with the project's pipeline and the parameters of a tiny run."""
-
-    def __init__(self, root: Path, params: dict[str, Any]) -> None:
-        everything = yaml.safe_load((ROOT / "params.yaml").read_text())
-        super().__init__(root, {k: v | params.get(k, {}) if isinstance(v, dict) else v for k, v in everything.items()})
-        for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
-            shutil.copy(ROOT / name, root)
-        (root / ".dvc").mkdir()
-        for name in (".dvc/config", ".dvc/.gitignore"):
-            shutil.copy(ROOT / name, root / name)
-        for package in ("surgeon", "tasks", "flows"):
-            shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
-        self.command("git", "init", "--quiet")
-        self.commit()
-
-    def command(self, *arguments: str) -> str:
-        programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        names = {f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-        done = subprocess.run(
-            arguments,
-            cwd=self.root,
-            env=environment(PATH=programs, DVC_NO_ANALYTICS="1", **names),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, (done.stdout, done.stderr)
-        return done.stdout
-
-    def commit(self) -> None:
-        self.command("git", "add", "--all")
-        self.command("git", "commit", "--quiet", "--message", "state")
-
-    def change(self, section: str, key: str, value: Any) -> None:
-        self.params[section][key] = value
-        (self.root / "params.yaml").write_text(yaml.safe_dump(self.params))
-
-    def repro(self) -> set[str]:
-        """Runs `dvc repro`; returns the stages that ran."""
-        lines = self.command("dvc", "repro").splitlines()
-        return {line.split("'")[1] for line in lines if line.startswith("Running stage")}
-
-    def status(self) -> set[str]:
-        """Stages that have a changed dependency, parameter or output."""
-        return set(json.loads(self.command("dvc", "status", "--json")))
+from tests.flows.project import ROOT
+from tests.flows.repository import STAGES, Repository
 
 
 @pytest.fixture(scope="module")
