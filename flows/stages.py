@@ -70,7 +70,7 @@ def evaluate(session: Session) -> None:
 
 
 def prune_stage(session: Session) -> None:
-    """Runs all shots, then writes the manifest and the view."""
+    """Runs all shots and looks into the factors of some blocks, then writes the manifest and the view."""
     require_possible(session)
     shots = prune(session)
     references = {
@@ -82,6 +82,7 @@ def prune_stage(session: Session) -> None:
         references |= {**shot.references, f"{shot.label}/shot": shot.stored}
     if session.block_times is not None:
         references["dense/block-times"] = session.block_times
+    references |= make_spectra(session, references, len(shots))
     facts = {
         "shots": [_shot_facts(shot) for shot in shots],
         "pruned": {**shots[-1].evaluation.attributes, "sparsity": shots[-1].record["sparsity"]},
@@ -111,7 +112,7 @@ def export_pruned(session: Session, destination: Path | None, *, overwrite: bool
     if is_own:
         run_stage(session, "export", lambda: _finish(session, "export", {}, export_to(session, own, overwrite=True)))
     else:
-        session.stage("export", lambda: export_to(session, place, overwrite=True), lambda: prune(session))
+        session.stage("export", lambda: export_to(session, place, overwrite=True), partial(prune_stage, session))
 
 
 def export_to(session: Session, destination: Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def benchmark_again(session: Session) -> None:
 
 
 def report(session: Session) -> None:
-    """Continues the prompt with both models, and looks into the factors of some blocks."""
+    """Continues the prompt with both models."""
     _require_same_parameters(session)
     settings = session.params.report
     samples: dict[str, Reference] = {
@@ -161,10 +162,9 @@ def report(session: Session) -> None:
         )
         for name, state in (("dense", session.dense), ("pruned", pruned_state(session)))
     }
-    spectra = make_spectra(session, _manifest(session), len(_stage_facts(session, "prune")["shots"]))
     named = {f"{name}/sample": sample for name, sample in samples.items()}
     facts = {"samples": {name: sample.attributes for name, sample in samples.items()}}
-    _finish(session, "report", {**spectra, **named}, facts)
+    _finish(session, "report", named, facts)
 
 
 _BODIES: dict[str, Callable[[Session], None]] = {
@@ -190,7 +190,7 @@ def run_stage(session: Session, name: str, body: Callable[[], None] | None = Non
         body: what it does, where it is not what the stage always does.
     """
     session.register()
-    repair = partial(prune, session) if name in _READERS_OF_PRUNED else lambda: None
+    repair = partial(prune_stage, session) if name in _READERS_OF_PRUNED else lambda: None
     session.stage(name, body or partial(_BODIES[name], session), repair)
     write_timing(session, name)
 
@@ -216,7 +216,7 @@ def write_results(session: Session) -> dict[str, Any]:
 
     It comes after the last stage, so that the time of that one is in it.
     """
-    return session.healed(partial(_write_results, session), partial(prune, session))
+    return session.healed(partial(_write_results, session), partial(prune_stage, session))
 
 
 def _write_results(session: Session) -> dict[str, Any]:

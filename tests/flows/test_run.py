@@ -50,7 +50,7 @@ def test_keys_of_the_results(finished: Project) -> None:
     assert set(results["pruned"]) == {*SIZES, "sparsity"}
     assert set(results["tasks"]) == {"executed", "cached"}
     kinds = {"input-factors", "output-factors", "costs", "mask", "update", "evaluation"}
-    assert set(results["seconds"]) == {*kinds, "sequences", "windows", "total"}
+    assert set(results["seconds"]) == {*kinds, "sequences", "windows", "spectra", "total"}
     assert [shot["shot"] for shot in results["shots"]] == [1, 2, 3]
     for shot in results["shots"]:
         assert set(shot) == {
