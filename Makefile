@@ -58,4 +58,4 @@ bench: env  ## measure speed and memory (needs SURGEON_TEXT_DIR; see docs/benchm
 	$(BIN)/python -m benchmarks.ablation data/bench
 
 clean:  ## remove what runs produced, except fetched models
-	rm -rf data/store data/run.zarr data/manifest.json data/stages data/timings data/metrics data/export data/compare data/bench .prefect
+	rm -rf data/store data/run.zarr data/manifest.json data/stages data/timings data/metrics data/report data/export data/compare data/bench .prefect

@@ -59,7 +59,7 @@ def measure_models(session: Session, model: str | None, against: str | None) -> 
 
     dense = side("dense", against) if against else _side("dense", session.checkpoint)
     pruned = side("pruned", model) if model else _own_export(session)
-    figures: dict[str, Any] = session.engine.stage(
+    figures: dict[str, Any] = session.stage(
         "benchmark",
         lambda: session.engine.task(benchmark_task, dense, pruned, settings_of(session), session.say, name="benchmark"),
     )

@@ -1,5 +1,6 @@
 """The `surgeon` command."""
 
+import errno
 import json
 import sys
 import traceback
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgeon import __version__
-from surgeon.errors import InputError, SurgeonError
+from surgeon.errors import CorruptObjectError, InputError, SurgeonError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -117,7 +118,8 @@ def run(
 ) -> None:
     """Do the whole job: model, calibration, dense evaluation, shots, export, benchmark, report.
 
-    Ends with a table, data/metrics/run.json and a smaller checkpoint in data/export.
+    Ends with a table, a page about the run (data/report/index.html), its numbers (data/metrics/run.json) and a
+    smaller checkpoint in data/export.
     """
     from flows.render import render_results
     from flows.stages import run_all
@@ -254,7 +256,7 @@ def report(
     as_json: AsJson = False,
     engine: EngineName = None,
 ) -> None:
-    """Sample both models and put all results together in data/metrics/run.json; show the table."""
+    """Sample both models and put all results together: data/metrics/run.json and data/report; show the table."""
     from flows.render import render_results
     from flows.stages import run_stage, write_results
 
@@ -332,27 +334,45 @@ def status(
 
 @app.command()
 def inspect(
-    block: Annotated[int | None, typer.Option("--block", min=0, help="Look into the factors of this block.")] = None,
-    shot: Annotated[
-        int | None, typer.Option("--shot", min=1, help="Of this shot; default: the last with factors.")
+    block: Annotated[int | None, typer.Option("--block", min=0, help="Look into this block.")] = None,
+    linear: Annotated[
+        str | None, typer.Option("--linear", metavar="NAME", help="Only this linear of the block, e.g. `down_proj`.")
     ] = None,
-    store: Annotated[
-        bool, typer.Option("--store", help="List everything in the store, not only the last run.")
-    ] = False,
+    shot: Annotated[int | None, typer.Option("--shot", min=1, help="State after this shot; default: the last.")] = None,
+    objects: Annotated[bool, typer.Option("--objects", help="List the objects of the last run.")] = False,
+    store: Annotated[bool, typer.Option("--store", help="List everything in the store.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw it too: a .png, .svg or .pdf file.")
+    ] = None,
     override: Override = None,
     params: ParamsFile = None,
     project: Root = Path(),
     as_json: AsJson = False,
 ) -> None:
-    """List what the last run stored: objects, shapes, digests; with --block also condition numbers of its factors."""
-    from flows.inspection import inspect_block, list_objects
-    from flows.render import render_block, render_objects
+    """Look into the last run, a block of it, or the store.
 
+    Without options: what the shots did, by kind of linear and by block. With --block: its factors (condition numbers,
+    effective ranks, damping), costs and what lives. With --objects or --store: shapes, sizes and digests.
+    """
+    from flows.inspection.command import Wanted, look_in
+    from flows.render import console
+
+    wanted = Wanted(block, linear, shot, objects, store, plot)
+    wanted.check()
     with _session(project, params, override, True, "inline") as session:
-        if block is None:
-            _show(list_objects(session.workspace, whole_store=store), as_json, render_objects)
-        else:
-            _show(inspect_block(session.workspace, block, shot), as_json, render_block)
+        seen = look_in(session, wanted)
+    _show(seen.value if as_json else seen, as_json, lambda view, on: view.draw(on))
+    if plot is not None and not as_json:
+        console().print(f"plot: {plot}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, says that there is no space left."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @app.command()
@@ -411,10 +431,21 @@ def main() -> None:
     except InputError as error:
         print(f"surgeon: {error}", file=sys.stderr)
         sys.exit(2)
+    except CorruptObjectError as error:
+        print(f"surgeon: {error} `surgeon run` computes it again.", file=sys.stderr)
+        sys.exit(1)
     except SurgeonError as error:
         print(f"surgeon: {error}", file=sys.stderr)
         sys.exit(1)
-    except Exception:
+    except Exception as error:
+        if _is_full_disk(error):
+            place = getattr(error, "filename", None) or "what was to be written"
+            print(
+                f"surgeon: no space left for {place}. What was finished is in the store. Free some space (`surgeon "
+                "clean` shows what the store can do without) and run the command again: it goes on from there.",
+                file=sys.stderr,
+            )
+            sys.exit(2)
         traceback.print_exc()
         print(
             "surgeon: this is a bug; what was finished is in the store, and a rerun goes on from there", file=sys.stderr

@@ -16,7 +16,7 @@ from flows.results import provenance
 from flows.session import Session
 from flows.shot import Shot
 from flows.stages import dense_evaluation, write_timing
-from surgeon.errors import InputError, SurgeonError
+from surgeon.errors import CorruptObjectError, EvictedError, InputError, SurgeonError
 from surgeon.store import Reference, Store
 
 STAGE = "compare"
@@ -43,7 +43,7 @@ def compare_all(session: Session, runs: Sequence[Run]) -> Comparison:
         except InputError as error:
             raise type(error)(f"{run.label} ({run.table}): {error}") from error
     session.register()
-    comparison = session.engine.stage(STAGE, lambda: _compare(session, runs, sessions))
+    comparison = session.stage(STAGE, lambda: _compare(session, runs, sessions))
     write_timing(session, STAGE)
     write_comparison(session.workspace.comparison, comparison)
     return comparison
@@ -81,7 +81,7 @@ def _run(session: Session, run: Run) -> tuple[list[Cell], dict[str, Reference]]:
     try:
         require_possible(session)
         shots = prune(session)
-    except InputError:
+    except (InputError, CorruptObjectError, EvictedError):
         raise
     except SurgeonError as error:
         message = " ".join(str(error).split())

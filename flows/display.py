@@ -64,9 +64,14 @@ class Display(TaskObserver):
         if not self._quiet:
             self._console.print(line, highlight=False, markup=False)
 
+    def warn(self, line: str) -> None:
+        """Shows a line even if nothing else is shown."""
+        self._console.print(line, highlight=False, markup=False)
+
     def plan(self, plan: WorkPlan) -> None:
         """Tells how much work there is in all, so that the time left can be given."""
         self._plan = plan
+        self._units_done = self._units_executed = self._seconds_executed = 0.0
 
     def task_started(self, name: str) -> None:
         """A task begins."""

@@ -1,11 +1,14 @@
 """Stages as Prefect flows and tasks as Prefect tasks.
 
 Uses the Prefect server that is configured (`PREFECT_API_URL`), or else starts one for the time of the run, with its
-database below the project, so that `prefect server start` shows past runs.
+database below the project, so that `prefect server start` shows past runs. Where everything is in the store already,
+none is started: that would take longer than all the rest.
 """
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +16,8 @@ from typing import Any, TypeVar
 import psutil
 
 from flows.engine import Engine, TaskObserver
-from tasks.stage import Outcome
+from flows.prefect_runs import mark_crashed_runs, owned_by_this_process
+from tasks.stage import Outcome, WorkLeftError, only_looking
 
 T = TypeVar("T")
 
@@ -73,16 +77,53 @@ class PrefectEngine(Engine):
 
     def __init__(self, root: Path, observer: TaskObserver | None = None) -> None:
         super().__init__(observer)
+        self._root = root
+        self._only_looks = False
         configure(root)
         end_orphaned_servers()
 
     def _run_stage(self, name: str, body: Callable[[], T]) -> T:
+        if self._only_looks:
+            return body()
+        is_first = len(self._stages) == 1
+        if is_first and not os.environ.get("PREFECT_API_URL"):
+            with suppress(WorkLeftError):
+                return self._look(body)
+        return self._run_flow(name, body, is_first)
+
+    def _look(self, body: Callable[[], T]) -> T:
+        """Runs a stage without Prefect as long as nothing has to be computed.
+
+        Raises:
+            WorkLeftError: something has; nothing was counted.
+        """
+        before = deepcopy(self.tallies)
+        self._only_looks = True
+        try:
+            with only_looking():
+                return body()
+        except WorkLeftError:
+            self.tallies = before
+            raise
+        finally:
+            self._only_looks = False
+
+    def _run_flow(self, name: str, body: Callable[[], T], is_first: bool) -> T:
         from prefect import flow
 
-        result: T = flow(body, name=f"surgeon-{name}", persist_result=False, validate_parameters=False)()
+        def marked() -> T:
+            if is_first:
+                mark_crashed_runs(self._root)
+            return body()
+
+        run = flow(marked, name=f"surgeon-{name}", persist_result=False, validate_parameters=False)
+        with owned_by_this_process(self._root) if is_first else nullcontext():
+            result: T = run()
         return result
 
     def _run_task(self, body: Callable[..., Outcome[T]], args: tuple[Any, ...], name: str) -> Outcome[T]:
+        if self._only_looks:
+            return body(*args)
         state = _as_prefect_task(body).with_options(task_run_name=name)(*args, return_state=True)
         outcome: Outcome[T] = state.result()
         return outcome

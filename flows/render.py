@@ -1,6 +1,7 @@
 """Results as tables on a terminal."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -22,20 +23,11 @@ def console() -> Console:
 
 def render_results(results: dict[str, Any], console: Console) -> None:
     """The table a run ends with."""
-    dense, pruned = results["dense"], results["pruned"]
+    figures = results["benchmark"]
     table = Table(title=f"{results['provenance']['model']['source']}: dense and pruned", title_justify="left")
     for name in ("", "dense", "pruned", "ratio"):
         table.add_column(name, justify="left" if not name else "right")
-    windows = f"{results['windows']} windows of {results['window_length']} tokens"
-    for name, key, form in (
-        (f"perplexity ({windows})", "perplexity", ".2f"),
-        ("non-zero parameters", "nonzero", ",d"),
-        ("non-zero decoder weights", "linear_nonzero", ",d"),
-    ):
-        ratio = f"{pruned[key] / dense[key]:.2f}"
-        table.add_row(name, format(dense[key], form), format(pruned[key], form), ratio)
-    figures = results["benchmark"]
-    for row in benchmark_rows(figures) if figures else ():
+    for row in result_rows(results):
         table.add_row(*row)
     console.print(table)
     for line in benchmark_lines(figures) if figures else ():
@@ -49,6 +41,22 @@ def render_results(results: dict[str, Any], console: Console) -> None:
         console.print(
             f"{name}: {sample['prompt']}→{sample['continuation']}", highlight=False, markup=False, soft_wrap=True
         )
+
+
+def result_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Name, dense, pruned and ratio of each figure of a run, those of the benchmark included."""
+    dense, pruned = results["dense"], results["pruned"]
+    windows = f"{results['windows']} windows of {results['window_length']} tokens"
+    rows = [
+        (name, format(dense[key], form), format(pruned[key], form), f"{pruned[key] / dense[key]:.2f}")
+        for name, key, form in (
+            (f"perplexity ({windows})", "perplexity", ".2f"),
+            ("non-zero parameters", "nonzero", ",d"),
+            ("non-zero decoder weights", "linear_nonzero", ",d"),
+        )
+    ]
+    figures = results["benchmark"]
+    return rows + (benchmark_rows(figures) if figures else [])
 
 
 def _shot_table(shots: list[dict[str, Any]]) -> Table:
@@ -120,36 +128,4 @@ def render_status(lines: list[dict[str, Any]], console: Console) -> None:
         table.add_column(name)
     for line in lines:
         table.add_row(line["stage"], line["found"], line["would_run"] or "nothing")
-    console.print(table)
-
-
-def render_objects(rows: list[dict[str, Any]], console: Console) -> None:
-    """Objects of a store."""
-    table = Table()
-    for name in ("name", "kind", "arrays", "digest", "MiB"):
-        table.add_column(name, justify="right" if name == "MiB" else "left", no_wrap=name != "arrays")
-    for row in rows:
-        arrays = ", ".join(f"{name} {shape}" for name, shape in list(row["arrays"].items())[:2])
-        more = f" … {len(row['arrays']) - 2} more" if len(row["arrays"]) > 2 else ""
-        size = f"{row['bytes'] / 2**20:.1f}" if row["payload"] else "evicted"
-        table.add_row(row["name"], row["kind"], arrays + more, row["digest"][:12], size)
-    console.print(table)
-
-
-def render_block(layers: list[dict[str, Any]], console: Console) -> None:
-    """Factors of one block."""
-    table = Table()
-    for name in ("linear", "shape", "live", "cond A", "cond G", "rank A", "rank G", "reads"):
-        table.add_column(name, justify="left" if name in ("linear", "reads") else "right")
-    for row in layers:
-        table.add_row(
-            row["linear"],
-            "x".join(map(str, row["shape"])),
-            "x".join(map(str, row["live"])),
-            f"{row['condition_A']:.1e}",
-            "-" if row["condition_G"] is None else f"{row['condition_G']:.1e}",
-            f"{row['effective_rank_A']:.0f}",
-            "-" if row["effective_rank_G"] is None else f"{row['effective_rank_G']:.0f}",
-            row["reads"],
-        )
     console.print(table)

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flows.workspace import Workspace, read_json
-from surgeon.errors import CorruptObjectError, InputError
+from surgeon.errors import CorruptObjectError, InputError, StoreError
 from surgeon.store import Presence, Reference, Store, digest_arrays, register, registered, take_in
+from surgeon.store.arrays import check_name
 
 SAMPLE = "sample"
 
@@ -41,10 +42,10 @@ class Restored:
         """Raises an error if something could not be taken in.
 
         Raises:
-            CorruptObjectError: saying how much and what to do.
+            StoreError: saying how much and what to do.
         """
         if self.damaged:
-            raise CorruptObjectError(
+            raise StoreError(
                 f"{len(self.damaged)} results of the view are damaged and were not taken in; the others were. Get them "
                 "again (`dvc checkout --force`, `dvc pull`), or run: they are then computed."
             )
@@ -89,7 +90,7 @@ def _restore(workspace: Workspace, manifest: dict[str, Any]) -> Restored:
     done = Restored(0, 0, 0, 0, [])
     set_aside = store.set_aside()
     for name, value in manifest.items():
-        reference = Reference.from_json(value)
+        reference = _named(workspace, name, value)
         if reference.key in set_aside:
             done.set_aside += 1
             continue
@@ -106,6 +107,15 @@ def _restore(workspace: Workspace, manifest: dict[str, Any]) -> Restored:
             done.references += 1
     done.taken += _restore_samples(workspace, store, set_aside)
     return done
+
+
+def _named(workspace: Workspace, name: str, value: Any) -> Reference:
+    """The reference under a name, which must lie inside the view: a manifest may come from anywhere."""
+    try:
+        check_name(name)
+        return Reference.from_json(value)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{workspace.manifest}, {name!r}: {error}") from error
 
 
 def _restore_samples(workspace: Workspace, store: Store, set_aside: set[str]) -> int:

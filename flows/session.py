@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar
 
 import psutil
 import torch
@@ -17,18 +18,22 @@ from flows.workspace import Workspace
 from surgeon.choices import Device, Structure
 from surgeon.correction.adapters import AdapterSettings
 from surgeon.curvature.spec import CurvatureSpec, Statistic
-from surgeon.errors import ParameterError
+from surgeon.errors import CorruptObjectError, EvictedError, ParameterError
 from surgeon.memory import MemoryEstimate, blocks_that_fit
 from surgeon.models import Checkpoint, resolve_model
 from surgeon.recipe import Recipe
 from surgeon.store import Presence, Reference, Store, register
 from tasks.calibration import SequenceSpec, WindowSpec, require_length, require_separate, sequences_task, windows_task
 from tasks.context import Context, ModelSpec, ModelState, describe_model
+from tasks.stage import WorkLeftError
 from tasks.units import output_linears
 
+T = TypeVar("T")
 _COMMAND_LENGTH = 200
 MEMORY_SHARE = 0.6
 """Part of the available memory a run takes when run.memory_gib is not given."""
+_MOST_DROPPED = 20
+"""How often a stage goes on after another run has dropped what it was reading."""
 
 
 @dataclass
@@ -40,6 +45,7 @@ class Session:
         workspace: files.
         engine: runs and counts tasks.
         say: shows a line to the user (what takes time before any task runs).
+        warn: shows a line that must be seen.
         keeps_first_shot: whether what the first shot measured stays whatever `run.keep` says, because other sessions
             start from the same model.
         block_times: what the target was turned into a fraction with, if that was measured.
@@ -49,6 +55,7 @@ class Session:
     workspace: Workspace
     engine: Engine
     say: Callable[[str], None] = lambda _line: None
+    warn: Callable[[str], None] = lambda _line: None
     keeps_first_shot: bool = False
     block_times: Reference | None = None
     _calibrations: dict[SequenceSpec, Reference] = field(default_factory=dict)
@@ -159,7 +166,13 @@ class Session:
         stays in the store for the next.
         """
         other = Session(
-            params, self.workspace, self.engine, self.say, keeps_first_shot=True, _calibrations=self._calibrations
+            params,
+            self.workspace,
+            self.engine,
+            self.say,
+            self.warn,
+            keeps_first_shot=True,
+            _calibrations=self._calibrations,
         )
         shared = ["checkpoint", "model", "context", *(["windows"] if params.seed == self.params.seed else [])]
         other.__dict__.update({name: getattr(self, name) for name in shared})
@@ -199,6 +212,49 @@ class Session:
             check_pruning(self)
         self.workspace.store.mkdir(parents=True, exist_ok=True)
         _ = self.context
+
+    def stage(self, name: str, body: Callable[[], T], repair: Callable[[], object] = lambda: None) -> T:
+        """Runs a stage; see `healed`."""
+        return self.engine.stage(name, lambda: self.healed(body, repair))
+
+    def healed(self, body: Callable[[], T], repair: Callable[[], object] = lambda: None) -> T:
+        """Does something, again if a result that it reads turns out to be damaged or is dropped meanwhile.
+
+        The store has moved a damaged result aside, so whatever needs it finds it missing and computes it; nothing else
+        is computed again. A result is dropped by another run on the same store, which has finished what it is for.
+
+        Args:
+            body: asks for all it needs by key, whenever it is called.
+            repair: makes what the body reads without asking for it.
+
+        Raises:
+            CorruptObjectError: a result was damaged again after it had been computed again.
+        """
+        damaged: set[str] = set()
+        dropped = 0
+        while True:
+            try:
+                if damaged:
+                    repair()
+                return body()
+            except CorruptObjectError as error:
+                if error.key in damaged:
+                    raise
+                damaged.add(error.key)
+                self.warn(f"{error} It is computed again.")
+                self._forget_texts()
+            except EvictedError:
+                dropped += 1
+                if dropped > _MOST_DROPPED:
+                    raise
+            except WorkLeftError:
+                self._forget_texts()
+                raise
+
+    def _forget_texts(self) -> None:
+        """Asks for sequences and windows anew when they are needed next."""
+        self._calibrations.clear()
+        self.__dict__.pop("windows", None)
 
     def calibration(self, shot: int = 1) -> Reference:
         """Calibration sequences of a shot."""

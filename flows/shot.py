@@ -101,13 +101,10 @@ class ShotRun:
 
     def run(self) -> Shot:
         """Looks the whole shot up, or runs what is missing of it; then evaluates it."""
-        stored = self._finished()
-        if stored is not None:
-            names = stored.attributes["names"]
-            references = {name: ref for name, key in names.items() if (ref := self.store.lookup(key))}
+        finished = self._finished()
+        if finished is not None:
             self.session.engine.reuse(self._task_names())
-        else:
-            references, stored = self._run_tasks()
+        references, stored = finished or self._run_tasks()
         state = self._state_of(stored)
         evaluation = self._task(
             evaluation_task, self.context, state, self.session.windows, self.label, name=f"{self.label}/evaluation"
@@ -118,8 +115,8 @@ class ShotRun:
 
     def finished_state(self) -> ModelState | None:
         """The state after the shot if it is finished, without running anything."""
-        stored = self._finished()
-        return None if stored is None else self._state_of(stored)
+        finished = self._finished()
+        return None if finished is None else self._state_of(finished[1])
 
     def found(self) -> dict[str, tuple[int, int]]:
         """For each kind of task, how many results are there and how many there will be; runs nothing."""
@@ -145,12 +142,14 @@ class ShotRun:
         """Whether what goes is chosen before the update, not by it."""
         return self.recipe.update.rule is not UpdateRule.SEQUENTIAL
 
-    def _finished(self) -> Reference | None:
-        """The record of the shot if it is there and its weights can be read."""
+    def _finished(self) -> tuple[dict[str, Reference], Reference] | None:
+        """All results by name and the record of the shot, if nothing is missing and its weights can be read."""
         found = self._lookup(self._request())
         if found is None or not all(self.store.has_payload(key) for key, _ in found.attributes["updates"]):
             return None
-        return found
+        references = {name: self.store.lookup(key) for name, key in found.attributes["names"].items()}
+        there = {name: reference for name, reference in references.items() if reference is not None}
+        return (there, found) if len(there) == len(references) else None
 
     def _state_of(self, stored: Reference) -> ModelState:
         updates = tuple(StoredBlock(*update) for update in stored.attributes["updates"])

@@ -7,6 +7,7 @@ there is one; how it went (seconds, tasks) goes to `data/timings/<stage>.json`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from flows.card import model_card
 from flows.checks import check_prunable
 from flows.destination import require_destination
 from flows.prune import prune, require_possible
+from flows.report import make_spectra, write_report
 from flows.results import build_results, provenance
 from flows.session import Session
 from flows.shot import Shot
@@ -47,7 +49,7 @@ def model(session: Session) -> None:
 
 def evaluate_other(session: Session) -> dict[str, Any]:
     """Evaluates a model that is not the pipeline's own, without writing anything down but the cached result."""
-    return dict(session.engine.stage("evaluate", lambda: dense_evaluation(session)).attributes)
+    return dict(session.stage("evaluate", lambda: dense_evaluation(session)).attributes)
 
 
 def calibrate(session: Session) -> None:
@@ -68,7 +70,7 @@ def evaluate(session: Session) -> None:
 
 
 def prune_stage(session: Session) -> None:
-    """Runs all shots, then writes the manifest and the view."""
+    """Runs all shots and looks into the factors of some blocks, then writes the manifest and the view."""
     require_possible(session)
     shots = prune(session)
     references = {
@@ -80,6 +82,7 @@ def prune_stage(session: Session) -> None:
         references |= {**shot.references, f"{shot.label}/shot": shot.stored}
     if session.block_times is not None:
         references["dense/block-times"] = session.block_times
+    references |= make_spectra(session, references, len(shots))
     facts = {
         "shots": [_shot_facts(shot) for shot in shots],
         "pruned": {**shots[-1].evaluation.attributes, "sparsity": shots[-1].record["sparsity"]},
@@ -107,10 +110,9 @@ def export_pruned(session: Session, destination: Path | None, *, overwrite: bool
         raise InputError(f"{place} is inside {own}, which every run replaces as a whole; give another destination")
     require_destination(place, is_own=is_own, overwrite=overwrite)
     if is_own:
-        session.engine.stage("export", lambda: _finish(session, "export", {}, export_to(session, own, overwrite=True)))
-        write_timing(session, "export")
+        run_stage(session, "export", lambda: _finish(session, "export", {}, export_to(session, own, overwrite=True)))
     else:
-        session.engine.stage("export", lambda: export_to(session, place, overwrite=True))
+        session.stage("export", lambda: export_to(session, place, overwrite=True), partial(prune_stage, session))
 
 
 def export_to(session: Session, destination: Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -147,12 +149,11 @@ def benchmark(session: Session, *, if_changed: bool = True) -> None:
 
 def benchmark_again(session: Session) -> None:
     """The stage as a flow, measured whatever is known."""
-    session.engine.stage("benchmark", lambda: benchmark(session, if_changed=False))
-    write_timing(session, "benchmark")
+    run_stage(session, "benchmark", lambda: benchmark(session, if_changed=False))
 
 
 def report(session: Session) -> None:
-    """Continues the prompt with both models and writes `data/metrics/run.json`."""
+    """Continues the prompt with both models."""
     _require_same_parameters(session)
     settings = session.params.report
     samples: dict[str, Reference] = {
@@ -162,8 +163,8 @@ def report(session: Session) -> None:
         for name, state in (("dense", session.dense), ("pruned", pruned_state(session)))
     }
     named = {f"{name}/sample": sample for name, sample in samples.items()}
-    _finish(session, "report", named, {"samples": {name: sample.attributes for name, sample in samples.items()}})
-    write_results(session)
+    facts = {"samples": {name: sample.attributes for name, sample in samples.items()}}
+    _finish(session, "report", named, facts)
 
 
 _BODIES: dict[str, Callable[[Session], None]] = {
@@ -177,10 +178,20 @@ _BODIES: dict[str, Callable[[Session], None]] = {
 }
 
 
-def run_stage(session: Session, name: str) -> None:
-    """Runs one stage as a flow."""
+_READERS_OF_PRUNED = ("export", "benchmark", "report")
+
+
+def run_stage(session: Session, name: str, body: Callable[[], None] | None = None) -> None:
+    """Runs one stage as a flow.
+
+    Args:
+        session: parameters, files and engine.
+        name: of the stage.
+        body: what it does, where it is not what the stage always does.
+    """
     session.register()
-    session.engine.stage(name, lambda: _BODIES[name](session))
+    repair = partial(prune_stage, session) if name in _READERS_OF_PRUNED else lambda: None
+    session.stage(name, body or partial(_BODIES[name], session), repair)
     write_timing(session, name)
 
 
@@ -189,27 +200,33 @@ def run_all(session: Session) -> dict[str, Any]:
     require_destination(session.workspace.export, is_own=True, overwrite=False, quick=True)
     check_prunable(session)
 
-    def body() -> None:
+    def body() -> dict[str, Any]:
         for name in STAGES:
             run_stage(session, name)
             if name == "calibrate":
                 session.engine.observer.plan(WorkPlan.of(session))
-                require_possible(session)
+                session.healed(partial(require_possible, session))
+        return write_results(session)
 
-    session.engine.stage("run", body)
-    return write_results(session)
+    return session.engine.stage("run", body)
 
 
 def write_results(session: Session) -> dict[str, Any]:
-    """Puts the stages' facts and timings together into `data/metrics/run.json`."""
+    """Puts the stages' facts and timings together: `data/metrics/run.json`, and the page about it.
+
+    It comes after the last stage, so that the time of that one is in it.
+    """
+    return session.healed(partial(_write_results, session), partial(prune_stage, session))
+
+
+def _write_results(session: Session) -> dict[str, Any]:
     facts = {name: _stage_facts(session, name) for name in STAGES if name not in ("model", "benchmark")}
     facts["benchmark"] = current_benchmark(session)
     timings = {name: read_json(session.workspace.timing_file(name)) or {} for name in STAGES}
-    references = {
-        name: Reference.from_json(value) for name, value in (read_json(session.workspace.manifest) or {}).items()
-    }
-    results = build_results(Store(session.workspace.store), references, facts, timings, provenance(session))
+    store, references = Store(session.workspace.store), _manifest(session)
+    results = build_results(store, references, facts, timings, provenance(session))
     write_json(session.workspace.metrics, results)
+    write_report(session, results, references, timings)
     return results
 
 
@@ -271,6 +288,11 @@ def _require_same_parameters(session: Session) -> None:
             f"the last prune stage ran with other parameters ({'; '.join(changed)}): run `surgeon prune` first, or "
             "give the same -S options"
         )
+
+
+def _manifest(session: Session) -> dict[str, Reference]:
+    found = read_json(session.workspace.manifest) or {}
+    return {name: Reference.from_json(value) for name, value in found.items()}
 
 
 def _stage_facts(session: Session, name: str) -> dict[str, Any]:

@@ -71,6 +71,11 @@ class Workspace:
         return self.data / "metrics" / "benchmark.json"
 
     @property
+    def report(self) -> Path:
+        """The page about the run, for people."""
+        return self.data / "report" / "index.html"
+
+    @property
     def comparison(self) -> Path:
         """Tables and plots of `surgeon compare`."""
         return self.data / "compare"

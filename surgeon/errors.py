@@ -30,7 +30,15 @@ class StoreError(InputError):
 
 
 class CorruptObjectError(SurgeonError):
-    """A stored object does not hold what was committed (missing chunk, flipped bit, wrong shape)."""
+    """A stored object does not hold what was committed (missing chunk, flipped bit, wrong shape).
+
+    Attributes:
+        key: of the object. The store moves it aside before it raises, so that it is missing and can be computed again.
+    """
+
+    def __init__(self, message: str, key: str) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class EvictedError(SurgeonError):

@@ -6,7 +6,7 @@ from typing import Any
 
 from surgeon.benchmarking import BatchFigures, BenchmarkSettings, Side, benchmark, disliked_widths
 from tasks.progress import report
-from tasks.stage import Outcome
+from tasks.stage import Outcome, begin
 
 LABEL = "benchmark"
 
@@ -32,7 +32,7 @@ def benchmark_task(
     """
     if known is not None:
         return Outcome(dict(known), cached=True, seconds=0.0)
-    start = time.perf_counter()
+    start = begin()
     sizes = list(settings.batch_sizes)
 
     def progress(batch_size: int, figures: BatchFigures | None) -> None:

@@ -1,6 +1,7 @@
 """Token sequences: to calibrate on, and to evaluate on."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -51,8 +52,9 @@ class WindowSpec:
     length: int
 
 
+@lru_cache(maxsize=4)
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local checkpoint."""
+    """The tokenizer of a local checkpoint. It is loaded once: the checkpoint's digest covers its files."""
     with quiet_transformers():  # which does not know the model type of a compact export, and need not
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             checkpoint.path, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
@@ -133,9 +135,13 @@ def overlap(context: Context, calibration: Reference, windows: Reference) -> flo
 
 
 def _open(context: Context, spec: TextSpec) -> tuple[Text, PreTrainedTokenizerBase, dict[str, str]]:
-    text = read_text(spec)
-    tokenizer = load_tokenizer(context.model.checkpoint)
-    return text, tokenizer, {"text": text.digest, "tokenizer": tokenizer_digest(tokenizer)}
+    text, checkpoint = read_text(spec), context.model.checkpoint
+    return text, load_tokenizer(checkpoint), {"text": text.digest, "tokenizer": _tokenizer_digest(checkpoint)}
+
+
+@lru_cache(maxsize=4)
+def _tokenizer_digest(checkpoint: Checkpoint) -> str:
+    return tokenizer_digest(load_tokenizer(checkpoint))
 
 
 def _origin(text: Text, inputs: dict[str, str]) -> dict[str, Any]:

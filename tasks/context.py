@@ -160,6 +160,11 @@ class Context:
     blocks_per_group: int
 
     @property
+    def dtype(self) -> str:
+        """Of the model: what results are computed in."""
+        return self.model.dtype
+
+    @property
     def groups(self) -> list[range]:
         """All blocks in groups, first to last."""
         return block_groups(self.model.n_blocks, self.blocks_per_group)

@@ -5,6 +5,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from surgeon.correction.adapters import AdapterResult, AdapterSettings, train_adapters
@@ -16,7 +18,7 @@ from tasks.weights import open_model, read_linears
 
 CORRECTION = Stage(
     "correction",
-    1,
+    2,
     (
         "surgeon.correction.adapters",
         "surgeon.correction.masked",
@@ -44,7 +46,8 @@ def correction_task(
 ) -> Outcome[list[Reference]]:
     """Corrected weights of every block, laid out as the updates of the state, so that they can take their place.
 
-    Whether the correction was accepted, its losses and its steps are in the attributes of each, under "correction".
+    Whether the correction was accepted, its losses and its steps are in the attributes of each, under "correction";
+    how much it changed each linear is with the facts of the linear, as "correction_size".
 
     Raises:
         ValueError: if nothing of the state was pruned yet.
@@ -74,9 +77,13 @@ def _corrected(context: Context, state: ModelState, block: int, result: AdapterR
     """The update of a block with other weights; everything else in it stays."""
     key = state.updates[block].key
     arrays: dict[str, Any] = read_arrays(context, key)
+    attributes = Store(context.store).open(key).attributes
+    linears = {}
     for shape in context.model.blocks[block]:
         full_name = f"{context.model.blocks_path}.{block}.{shape.name}.weight"
-        arrays[f"{shape.name}/weight"] = result.weights[full_name].numpy()
+        before, after = arrays[f"{shape.name}/weight"], result.weights[full_name].numpy()
+        linears[shape.name] = attributes["linears"][shape.name] | {"correction_size": _relative_change(before, after)}
+        arrays[f"{shape.name}/weight"] = after
     facts = {
         "accepted": result.accepted,
         "loss_before": result.loss_before,
@@ -84,4 +91,10 @@ def _corrected(context: Context, state: ModelState, block: int, result: AdapterR
         "steps": result.steps,
         "n_sequences": len(result.sequences),
     }
-    return Product(arrays, {**Store(context.store).open(key).attributes, "correction": facts})
+    return Product(arrays, {**attributes, "linears": linears, "correction": facts})
+
+
+def _relative_change(before: NDArray[Any], after: NDArray[Any]) -> float:
+    """Norm of the change of a weight over its norm; 0 for a weight that is zero."""
+    norm = np.linalg.norm(before.astype(np.float64))
+    return float(np.linalg.norm(after.astype(np.float64) - before) / norm) if norm else 0.0

@@ -22,7 +22,7 @@ from surgeon.export import (
 )
 from tasks.calibration import load_tokenizer
 from tasks.context import Context, ModelState
-from tasks.stage import Outcome
+from tasks.stage import Outcome, begin
 from tasks.weights import open_model, read_linears, read_live
 
 EXPORT_VERSION = 2
@@ -58,7 +58,7 @@ def export_task(
         return Outcome({**identity, **found["facts"]}, cached=True, seconds=0.0)
     if not state.updates:
         raise ExportError("nothing has been pruned yet, so there is nothing to export; run the prune stage first")
-    start = time.perf_counter()
+    start = begin()
     checkpoint = context.model.checkpoint
     pruned = PrunedModel(checkpoint, partial(read_linears, context, state), partial(read_live, context, state))
     plan = plan_export(pruned, dtype, ExportLayout(layout))

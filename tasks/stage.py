@@ -1,18 +1,36 @@
 """The one way a task makes a result: key → look up → compute → commit → small reference."""
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from surgeon.peak import peak_gib, reset_peak
 from surgeon.store import Reference, Store, stage_key
-from tasks.context import Context
 
 T = TypeVar("T")
 P = TypeVar("P")
+
+
+class Site(Protocol):
+    """Where a result goes, and what every key holds; a `Context` is one."""
+
+    @property
+    def store(self) -> Path:
+        """Directory of the store."""
+
+    @property
+    def device(self) -> str:
+        """Kind of device the numbers come from."""
+
+    @property
+    def dtype(self) -> str:
+        """Number format they are computed in."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +70,9 @@ class Stage:
     version: int
     sources: tuple[str, ...]
 
-    def key(self, context: Context, parameters: Mapping[str, Any], inputs: Mapping[str, str | Sequence[str]]) -> str:
+    def key(self, context: Site, parameters: Mapping[str, Any], inputs: Mapping[str, str | Sequence[str]]) -> str:
         """Key of the result made from these parameters and inputs (content digests) on this kind of device."""
-        return stage_key(self.kind, self.version, parameters, inputs, context.device, context.model.dtype)
+        return stage_key(self.kind, self.version, parameters, inputs, context.device, context.dtype)
 
 
 @dataclass(frozen=True)
@@ -73,7 +91,7 @@ class Request:
     inputs: Mapping[str, str | Sequence[str]]
     label: str
 
-    def key(self, context: Context) -> str:
+    def key(self, context: Site) -> str:
         """The key under which the result is or will be stored."""
         return self.stage.key(context, self.parameters, self.inputs)
 
@@ -83,7 +101,7 @@ def readable(store: Store, key: str) -> Reference | None:
     return store.lookup(key) if store.has_payload(key) else None
 
 
-def produce(context: Context, request: Request, compute: Callable[[], Product]) -> Outcome[Reference]:
+def produce(context: Site, request: Request, compute: Callable[[], Product]) -> Outcome[Reference]:
     """Returns the stored result, or computes and commits it.
 
     Two processes that want the same result do not both compute it: the second waits for the first.
@@ -93,14 +111,37 @@ def produce(context: Context, request: Request, compute: Callable[[], Product]) 
     return Outcome(reference, outcome.cached, outcome.seconds)
 
 
+class WorkLeftError(Exception):
+    """Something would have to be computed, which was not allowed."""
+
+
+_ONLY_LOOKING: ContextVar[bool] = ContextVar("only_looking", default=False)
+
+
+@contextmanager
+def only_looking() -> Iterator[None]:
+    """Tasks find their results or raise `WorkLeftError`; none computes anything."""
+    token = _ONLY_LOOKING.set(True)
+    try:
+        yield
+    finally:
+        _ONLY_LOOKING.reset(token)
+
+
 def begin() -> float:
-    """Begins the measurement of a computation; returns what `commit` wants as ``start``."""
+    """Begins a computation, of every task, and its measurement; returns what `commit` wants as ``start``.
+
+    Raises:
+        WorkLeftError: see `only_looking`.
+    """
+    if _ONLY_LOOKING.get():
+        raise WorkLeftError
     reset_peak()
     return time.perf_counter()
 
 
 def produce_all(
-    context: Context,
+    context: Site,
     requests: Mapping[P, Request],
     lock_key: str,
     compute: Callable[[Collection[P]], dict[P, Callable[[], Product]]],
@@ -137,7 +178,7 @@ def produce_all(
     return Outcome(references, cached, 0.0 if cached else time.perf_counter() - start)
 
 
-def commit(context: Context, request: Request, product: Product, start: float) -> Outcome[Reference]:
+def commit(context: Site, request: Request, product: Product, start: float) -> Outcome[Reference]:
     """Commits a computed result; ``start`` is what `begin` returned before it was computed."""
     reference = Store(context.store).commit(
         request.key(context),
@@ -152,7 +193,7 @@ def commit(context: Context, request: Request, product: Product, start: float) -
     return Outcome(reference, cached=False, seconds=time.perf_counter() - start)
 
 
-def read_arrays(context: Context, key: str) -> dict[str, "np.ndarray[Any, Any]"]:
+def read_arrays(context: Site, key: str) -> dict[str, "np.ndarray[Any, Any]"]:
     """All arrays of a stored object, checked."""
     stored = Store(context.store).open(key)
     return {name: stored.array(name) for name in stored.names()}

@@ -39,7 +39,7 @@ def take_in(store: Store, reference: Reference, source: Path) -> bool:
         return False
     staging = store.staging(reference.key)
     try:
-        _link_files(source, staging, list(reference.arrays) if has_arrays else [])
+        _link_files(source, staging, reference, has_arrays)
         _check_reference(staging, reference)
         if has_arrays:
             _check_content(staging, reference)
@@ -53,9 +53,10 @@ def take_in(store: Store, reference: Reference, source: Path) -> bool:
     return True
 
 
-def _link_files(source: Path, staging: Path, names: list[str]) -> None:
+def _link_files(source: Path, staging: Path, reference: Reference, has_arrays: bool) -> None:
     """Links the files of an object, and nothing of other objects that lie below it in the view."""
     staging.mkdir(parents=True)
+    names = list(reference.arrays) if has_arrays else []
     groups = {Path(*parts[:depth]) for parts in (Path(n).parts for n in names) for depth in range(len(parts))}
     files = [group / GROUP_FILE for group in sorted({Path(), *groups})]
     files += [name / path for name in map(Path, names) for path in walk_files(source / name)]
@@ -66,13 +67,13 @@ def _link_files(source: Path, staging: Path, names: list[str]) -> None:
         try:
             link_or_copy(origin, target)
         except FileNotFoundError as error:
-            raise CorruptObjectError(f"{source / file} is missing in the view.") from error
+            raise CorruptObjectError(f"{source / file} is missing in the view.", reference.key) from error
 
 
 def _check_reference(staging: Path, reference: Reference) -> None:
     found = read_reference(staging, reference.key)
     if found is None or {**found.to_json(), "label": reference.label} != reference.to_json():
-        raise CorruptObjectError(f"{reference.describe()} in the view is not what the manifest says.")
+        raise CorruptObjectError(f"{reference.describe()} in the view is not what the manifest says.", reference.key)
 
 
 def _check_content(staging: Path, reference: Reference) -> None:
@@ -80,7 +81,8 @@ def _check_content(staging: Path, reference: Reference) -> None:
     digest = digest_sorted(stored.stored_arrays(), stored.attributes)
     if digest != reference.digest:
         raise CorruptObjectError(
-            f"{reference.describe()} in the view has the digest {digest}, but {reference.digest} was committed."
+            f"{reference.describe()} in the view has the digest {digest}, but {reference.digest} was committed.",
+            reference.key,
         )
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from surgeon.store.arrays import StorableArray, describe_array, stored_form
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of keys and of the layout on disk; part of every key."""
 
 _FILE_BLOCK_BYTES = 1 << 22

@@ -6,7 +6,7 @@ Zarr reads a chunk that is missing as zeros and says nothing, so chunks are coun
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,10 @@ from numpy.typing import NDArray
 from surgeon.errors import CorruptObjectError, EvictedError
 from surgeon.store.arrays import BFloat16Array, Layout, ReadArray, StorableArray, summary
 from surgeon.store.files import walk_files
-from surgeon.store.keys import SCHEMA
+from surgeon.store.keys import SCHEMA, canonical_json, digest_text
 from surgeon.store.reference import Reference
 from surgeon.store.root import EVICTED_FILE, GROUP_FILE, RECORD_FILE
 from surgeon.store.symmetric import SymmetricMatrix
-
-REMEDY = "Call Store.quarantine with this key, or move the directory aside; it is then computed again."
 
 _DAMAGE = (ValueError, TypeError, KeyError, IndexError, AttributeError, FileNotFoundError)
 """What Zarr raises for damaged files; a lack of memory or of permission is no damage."""
@@ -56,55 +54,63 @@ def read_reference(directory: Path, key: str) -> Reference | None:
     """The reference in an object's directory, without label; None if there is no object.
 
     Raises:
-        CorruptObjectError: if it cannot be read, or is that of another key.
+        CorruptObjectError: if it cannot be read, is not what was written, or is that of another key.
     """
     path = directory / GROUP_FILE
     try:
         stored = dict(json.loads(path.read_text(encoding="utf-8"))["attributes"]["reference"])
+        checksum = stored.pop("checksum")
+        is_whole = checksum == digest_text(canonical_json(stored))
         schema = stored.pop("schema")
         stored.pop("parameters")
         reference = Reference.from_json({**stored, "label": ""})
     except FileNotFoundError as error:
         if not directory.exists():
             return None
-        raise CorruptObjectError(f"The object {key} has no {GROUP_FILE} in {directory}. {REMEDY}") from error
+        raise CorruptObjectError(f"The object {key} has no {GROUP_FILE} in {directory}.", key) from error
     except _DAMAGE as error:
-        raise CorruptObjectError(
-            f"The reference of object {key} in {path} cannot be read: {error}. {REMEDY}"
-        ) from error
+        raise CorruptObjectError(f"The reference of object {key} in {path} cannot be read: {error}.", key) from error
     if (schema, reference.key) != (SCHEMA, key):
         raise CorruptObjectError(
-            f"{path} should hold key {key} of schema {SCHEMA}, but holds {reference.key} of schema {schema}. {REMEDY}"
+            f"{path} should hold key {key} of schema {SCHEMA}, but holds {reference.key} of schema {schema}.", key
         )
+    if not is_whole:
+        raise CorruptObjectError(f"The reference of object {key} in {path} is not what was written there.", key)
     return reference
+
+
+def read_parameters(directory: Path) -> dict[str, Any]:
+    """What an object was computed with; empty if that was not said. Its reference has been read, and so checked."""
+    stored = json.loads((directory / GROUP_FILE).read_text(encoding="utf-8"))
+    return dict(stored["attributes"]["reference"]["parameters"] or {})
 
 
 def read_record(directory: Path) -> dict[str, Any]:
     """The volatile facts of an object: label at first commit, created, seconds, host, version.
 
-    Raises:
-        CorruptObjectError: if they cannot be read.
+    Nothing that is computed depends on them, so they are never worth an error: empty if they cannot be read.
     """
-    path = directory / RECORD_FILE
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except _DAMAGE as error:
-        raise CorruptObjectError(f"The record {path} cannot be read: {error}. {REMEDY}") from error
-
-
-def read_label(directory: Path) -> str:
-    """The label at first commit; empty if there is none, for a label is never worth an error."""
-    try:
-        return str(read_record(directory)["label"])
-    except (CorruptObjectError, KeyError):
-        return ""
+        return dict(json.loads((directory / RECORD_FILE).read_text(encoding="utf-8")))
+    except _DAMAGE:
+        return {}
 
 
 class StoredObject:
     """A committed object, open for reading. Made by `Store.open`."""
 
-    def __init__(self, directory: Path, reference: Reference) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        reference: Reference,
+        damaged: Callable[[CorruptObjectError], CorruptObjectError] = lambda error: error,
+    ) -> None:
         """Opens the group and counts the chunks of every array.
+
+        Args:
+            directory: of the object.
+            reference: what was committed.
+            damaged: told of damage that was found; returns the error to raise.
 
         Raises:
             CorruptObjectError: if metadata cannot be read, differ from the reference, or chunks are missing.
@@ -112,6 +118,7 @@ class StoredObject:
         """
         self._directory = directory
         self.reference = reference
+        self._damaged = damaged
         self._require_payload()
         self._arrays: dict[str, zarr.Array[Any]] = {}
         self._infos: dict[str, ArrayInfo] = {}
@@ -231,7 +238,7 @@ class StoredObject:
 
     def _corrupt(self, name: str, problem: str) -> CorruptObjectError:
         where = f"The array {name!r} of {self.reference.describe()} in {self._directory}"
-        return CorruptObjectError(f"{where} {problem}. {REMEDY}")
+        return self._damaged(CorruptObjectError(f"{where} {problem}.", self.reference.key))
 
 
 def _identity(folder: Path) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from surgeon.store.files import is_stale, remove_tree, sync, walk_files
 from surgeon.store.keys import canonical_json, digest_arrays, digest_sorted
 from surgeon.store.locks import file_lock
 from surgeon.store.payload import drop_payload, is_foreign, restore_payload
-from surgeon.store.reading import REMEDY, StoredObject, read_label, read_record, read_reference
+from surgeon.store.reading import StoredObject, read_parameters, read_record, read_reference
 from surgeon.store.reference import Reference
 from surgeon.store.root import EVICTED_FILE, is_key, open_root
 from surgeon.store.writing import write_object
@@ -48,13 +48,12 @@ class Store:
             label: label of the reference to return; None takes the one of the first commit (one more file to read).
 
         Raises:
-            CorruptObjectError: if the reference cannot be read or is that of another key.
+            CorruptObjectError: if the reference is damaged. The object has then been moved aside.
         """
-        directory = self._paths.object(key)
-        reference = read_reference(directory, key)
-        if reference is None:
-            return None
-        return replace(reference, label=read_label(directory) if label is None else label)
+        try:
+            return self._read(key, label)
+        except CorruptObjectError as error:
+            raise self._moved_aside(error) from error
 
     def has_payload(self, key: str) -> bool:
         """Whether an object is there with its arrays, that is, not evicted."""
@@ -118,9 +117,12 @@ class Store:
         Raises:
             StoreError: if there is no such object.
             EvictedError: if its arrays were dropped.
-            CorruptObjectError: if it does not hold what was committed.
+            CorruptObjectError: if it does not hold what was committed. It has then been moved aside; so it is whenever
+                reading an array finds damage.
         """
-        return StoredObject(self._paths.object(key), self._existing(key))
+        reference, directory = self._existing(key), self._paths.object(key)
+        opened = _inode(directory)
+        return StoredObject(directory, reference, lambda error: self._moved_aside(error, opened))
 
     def verify(self, key: str) -> None:
         """Reads all of an object and compares the digest.
@@ -128,13 +130,15 @@ class Store:
         Raises:
             StoreError, EvictedError, CorruptObjectError: as `open`.
         """
-        stored = self.open(key)
+        stored, opened = self.open(key), _inode(self._paths.object(key))
         digest = digest_sorted(stored.stored_arrays(), stored.attributes)
         if digest != stored.reference.digest:
-            raise CorruptObjectError(
+            error = CorruptObjectError(
                 f"The content of {stored.reference.describe()} in {self.path(key)} has the digest {digest}, but "
-                f"{stored.reference.digest} was committed. {REMEDY}"
+                f"{stored.reference.digest} was committed.",
+                key,
             )
+            raise self._moved_aside(error, opened)
 
     def quarantine(self, key: str) -> Path:
         """Sets an object aside, so that it is computed again. Nothing is deleted.
@@ -145,16 +149,10 @@ class Store:
         Raises:
             StoreError: if there is no such object.
         """
-        directory = self._paths.object(key)
         with self.frozen(key):
-            if not directory.exists():
+            if not self._paths.object(key).exists():
                 raise self._unknown(key)
-            self._paths.corrupt.mkdir(exist_ok=True)
-            target = self._paths.corrupt / f"{key}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
-            directory.rename(target)
-            sync(self._paths.corrupt)
-            sync(directory.parent)
-        return target
+            return self._set_aside(key)
 
     def staging(self, key: str) -> Path:
         """A fresh path for the files of an object before it is published; nothing is created."""
@@ -173,7 +171,11 @@ class Store:
         target = self._paths.object(reference.key)
         target.parent.mkdir(exist_ok=True)
         with self.frozen(reference.key):
-            existing = self.lookup(reference.key)
+            try:
+                existing = self._read(reference.key, "")
+            except CorruptObjectError:
+                self._set_aside(reference.key)
+                existing = None
             if existing is not None and existing.digest != reference.digest and is_foreign(target):
                 # Only its reference came, from a machine that may round in another way; its arrays were never here.
                 trash = self.staging(reference.key)
@@ -200,8 +202,8 @@ class Store:
         Raises:
             StoreError: if there is no such object.
         """
+        self._existing(key)
         with self.frozen(key):
-            self._existing(key)
             drop_payload(self._paths.object(key), self._paths.new_temporary(key))
 
     def delete(self, key: str) -> None:
@@ -262,13 +264,22 @@ class Store:
     def record(self, key: str) -> dict[str, Any]:
         """Volatile facts of an object: label at its commit, created, seconds, peak_memory_gib, host, surgeon.
 
-        Records of older releases have fewer.
+        Records of older releases have fewer; one that cannot be read is empty.
 
         Raises:
             StoreError: if there is no such object.
         """
         self._existing(key)
         return read_record(self._paths.object(key))
+
+    def parameters(self, key: str) -> dict[str, Any]:
+        """What was given to `commit` as the parameters of an object; empty if nothing was.
+
+        Raises:
+            StoreError: if there is no such object.
+        """
+        self._existing(key)
+        return read_parameters(self._paths.object(key))
 
     def size_bytes(self, key: str) -> int:
         """Size of all files of an object.
@@ -296,6 +307,51 @@ class Store:
     def _unknown(self, key: str) -> StoreError:
         return StoreError(f"The store {self.root} has no object {key}. Compute it first, or open the right store.")
 
+    def _read(self, key: str, label: str | None) -> Reference | None:
+        directory = self._paths.object(key)
+        reference = read_reference(directory, key)
+        if reference is None:
+            return None
+        return replace(reference, label=str(read_record(directory).get("label", "")) if label is None else label)
+
+    def _moved_aside(self, error: CorruptObjectError, opened: int | None = None) -> CorruptObjectError:
+        """Moves a damaged object aside, unless another process has done so, and returns the error to raise.
+
+        Args:
+            error: says what is damaged.
+            opened: inode of the directory that was read; None looks whether its reference still is damaged.
+        """
+        directory = self._paths.object(error.key)
+        try:
+            with self.frozen(error.key):
+                if not self._is_still_damaged(error.key, opened):
+                    return error
+                target = self._set_aside(error.key)
+        except OSError as failed:
+            return CorruptObjectError(
+                f"{error} It cannot be moved aside ({failed}); move {directory} away and run again.", error.key
+            )
+        return CorruptObjectError(f"{error} It was moved to {target}.", error.key)
+
+    def _is_still_damaged(self, key: str, opened: int | None) -> bool:
+        if opened is not None:
+            return _inode(self._paths.object(key)) == opened
+        try:
+            self._read(key, "")
+        except CorruptObjectError:
+            return True
+        return False
+
+    def _set_aside(self, key: str) -> Path:
+        """Moves an object below `corrupt`; its lock is held."""
+        directory = self._paths.object(key)
+        self._paths.corrupt.mkdir(exist_ok=True)
+        target = self._paths.corrupt / f"{key}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+        directory.rename(target)
+        sync(self._paths.corrupt)
+        sync(directory.parent)
+        return target
+
     def _require_equal(self, existing: Reference, digest: str) -> None:
         if existing.digest != digest:
             raise NondeterminismError(
@@ -304,6 +360,14 @@ class Store:
                 "the numerics were changed on purpose, raise the version of the stage; to keep the new result, "
                 "call Store.quarantine with this key first."
             )
+
+
+def _inode(directory: Path) -> int | None:
+    """Tells a directory from another that takes its place; None if there is none."""
+    try:
+        return directory.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:

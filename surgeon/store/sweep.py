@@ -7,7 +7,7 @@ from pathlib import Path
 
 from surgeon.errors import CorruptObjectError
 from surgeon.store.files import walk_files
-from surgeon.store.reading import read_record
+from surgeon.store.reading import read_record, read_reference
 from surgeon.store.store import Store
 
 DAMAGED = "damaged"
@@ -45,7 +45,7 @@ def survey(store: Store) -> Iterator[Entry]:
     """All objects of a store, sorted by key; one that goes meanwhile is left out."""
     for key in store.all_keys():
         try:
-            reference = store.lookup(key, label="")
+            reference = read_reference(store.path(key), key)
             kind = reference.kind if reference else None
         except CorruptObjectError:
             kind = DAMAGED
@@ -75,7 +75,7 @@ def _created(directory: Path) -> datetime:
     """When an object was committed; if it does not say, when its directory was changed."""
     try:
         created = datetime.fromisoformat(str(read_record(directory)["created"]))
-    except (CorruptObjectError, KeyError, ValueError):
+    except (KeyError, ValueError):
         try:
             return datetime.fromtimestamp(directory.stat().st_mtime, UTC)
         except FileNotFoundError:

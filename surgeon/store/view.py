@@ -15,7 +15,7 @@ from typing import Any
 from surgeon.errors import StoreError
 from surgeon.store.arrays import check_name
 from surgeon.store.files import is_stale, remove_tree, temporary_name, walk_files
-from surgeon.store.keys import SCHEMA
+from surgeon.store.keys import SCHEMA, canonical_json, digest_text
 from surgeon.store.root import EVICTED_FILE, GROUP_FILE, RECORD_FILE
 from surgeon.store.store import Store
 
@@ -26,7 +26,7 @@ _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
 
 
 def build_view(store: Store, entries: Mapping[str, str], destination: Path) -> None:
-    """Builds a view beside its destination and swaps it in; an earlier view is replaced.
+    """Builds a view beside its destination and swaps it in; an earlier view is replaced, unless it is the same.
 
     Args:
         store: where the objects are.
@@ -47,10 +47,13 @@ def build_view(store: Store, entries: Mapping[str, str], destination: Path) -> N
     for leftover in destination.parent.glob(f"{prefix}-*"):
         if is_stale(leftover.name):
             remove_tree(leftover)
+    content = _content(store, entries)
+    if _read_attributes(destination).get("content") == content and _is_linked(store, entries, destination):
+        return
     draft = destination.with_name(temporary_name(prefix))
     try:
         draft.mkdir()
-        _write_group(draft, {"format": VIEW_FORMAT, "schema": SCHEMA})
+        _write_group(draft, {"format": VIEW_FORMAT, "schema": SCHEMA, "content": content})
         for name in sorted(entries, key=lambda text: text.split("/")):
             _make_parents(draft, name)
             _link_object(store, entries[name], draft, name)
@@ -60,15 +63,27 @@ def build_view(store: Store, entries: Mapping[str, str], destination: Path) -> N
 
 
 def _require_replaceable(destination: Path) -> None:
-    if not destination.exists():
-        return
-    try:
-        attributes = json.loads((destination / GROUP_FILE).read_text(encoding="utf-8"))["attributes"]
-        is_view = attributes["format"] == VIEW_FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        is_view = False
-    if not is_view:
+    if destination.exists() and _read_attributes(destination).get("format") != VIEW_FORMAT:
         raise StoreError(f"{destination} exists and is no view, so it is not replaced. Move it aside.")
+
+
+def _read_attributes(destination: Path) -> dict[str, Any]:
+    """Attributes of a view; empty if it is none."""
+    try:
+        return dict(json.loads((destination / GROUP_FILE).read_text(encoding="utf-8"))["attributes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _content(store: Store, entries: Mapping[str, str]) -> str:
+    """Digest of what a view shows: names, keys, and which of the objects have their arrays."""
+    return digest_text(canonical_json({name: [key, store.has_payload(key)] for name, key in entries.items()}))
+
+
+def _is_linked(store: Store, entries: Mapping[str, str], destination: Path) -> bool:
+    """Whether a view's objects are those of the store, none made again since (because it was damaged)."""
+    pairs = [(store.path(key) / GROUP_FILE, destination / name / GROUP_FILE) for name, key in entries.items()]
+    return all(shown.exists() and shown.samefile(stored) for stored, shown in pairs)
 
 
 def _write_group(directory: Path, attributes: Mapping[str, Any]) -> None:
@@ -90,10 +105,10 @@ def _make_parents(draft: Path, name: str) -> None:
 
 
 def _link_object(store: Store, key: str, draft: Path, name: str) -> None:
+    if store.lookup(key, label=name) is None:
+        raise StoreError(f"The view's entry {name!r} names the object {key}, which {store.root} does not have.")
+    source = store.path(key)
     with store.frozen(key):
-        if store.lookup(key, label=name) is None:
-            raise StoreError(f"The view's entry {name!r} names the object {key}, which {store.root} does not have.")
-        source = store.path(key)
         paths = walk_files(source) if store.has_payload(key) else iter([Path(GROUP_FILE)])
         for path in paths:
             if path.as_posix() in (RECORD_FILE, EVICTED_FILE):

@@ -14,7 +14,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 import surgeon
 from surgeon.store.arrays import StorableArray, chunk_shape, describe_array, stored_attributes, stored_form
 from surgeon.store.files import sync_tree, write_file
-from surgeon.store.keys import SCHEMA, digest_arrays
+from surgeon.store.keys import SCHEMA, canonical_json, digest_arrays, digest_text
 from surgeon.store.reference import Reference
 from surgeon.store.root import RECORD_FILE
 
@@ -88,6 +88,7 @@ def _write_reference(directory: Path, reference: Reference, parameters: Mapping[
     stored = {"schema": SCHEMA, **reference.to_json(), "parameters": parameters}
     # The label says for whom the work was done first, so it belongs to the record.
     del stored["label"]
+    stored["checksum"] = digest_text(canonical_json(stored))
     zarr.open_group(directory, mode="r+", zarr_format=3, use_consolidated=False).update_attributes(
         {"reference": stored}
     )

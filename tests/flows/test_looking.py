@@ -1,17 +1,13 @@
-"""The commands that look at a run: status, inspect, evaluate, generate."""
+"""The commands that look at a run: status, evaluate, generate; inspect is in test_inspect.py."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from surgeon.store import Store
 from tests.flows.project import Project
 from tests.flows.test_kill import kill_when, n_objects
-
-FACTORS = {"input-factors", "output-factors"}
 
 
 def status(project: Project, *more: str) -> list[dict[str, str]]:
@@ -47,45 +43,6 @@ def test_status_as_a_table(again: Project) -> None:
     assert "shot-03 (to 30.0%)" in done.stdout
     assert "finished" in done.stdout
     assert done.stderr == ""
-
-
-def test_inspect_lists_the_objects_of_the_run(again: Project) -> None:
-    rows = json.loads(again.surgeon("inspect", "--json").ok().stdout)
-    manifest = again.read("manifest.json")
-    assert {row["name"]: row["key"] for row in rows} == {name: ref["key"] for name, ref in manifest.items()}
-    row = next(row for row in rows if row["name"] == "shot-01/block-00/input-factors")
-    assert row["payload"]
-    assert row["bytes"] > 10_000
-    everything = json.loads(again.surgeon("inspect", "--store", "--json").ok().stdout)
-    assert {row["key"] for row in everything} == set(again.labels())
-    again.surgeon("run", "--quiet", "-S", "run.keep=none").ok()
-    rows = json.loads(again.surgeon("inspect", "--json").ok().stdout)
-    assert {row["name"].rpartition("/")[2] for row in rows if not row["payload"]} == FACTORS
-
-
-def test_inspect_block_gives_condition_numbers(again: Project) -> None:
-    rows = json.loads(again.surgeon("inspect", "--block", "0", "--shot", "2", "--json").ok().stdout)
-    manifest = again.read("manifest.json")
-    store = Store(again.data / "store")
-    inputs, outputs, update = (
-        store.open(manifest[f"shot-02/block-00/{kind}"]["key"])
-        for kind in ("input-factors", "output-factors", "update")
-    )
-    assert len(rows) == 7
-    for row in rows:
-        name, reads = row["linear"], row["reads"]
-        weight = update.array(f"{name}/weight")
-        assert row["shape"] == list(weight.shape)
-        assert row["live"] == [int(weight.any(axis=1).sum()), int(weight.any(axis=0).sum())]
-        for which, owner, factors in (("A", reads, inputs), ("G", name, outputs)):
-            spectrum = np.linalg.eigvalsh(factors.array(f"{owner}/{which}").astype(np.float64))
-            floor = spectrum[-1] * np.finfo(np.float32).eps
-            expected = spectrum[-1] / max(spectrum[0], floor)
-            assert row[f"condition_{which}"] == pytest.approx(expected, rel=1e-6)
-            assert 1 <= row[f"effective_rank_{which}"] <= spectrum.size
-    done = again.surgeon("inspect", "--block", "3")
-    assert done.status == 2
-    assert "the factors of block 3 of any shot are not in the store" in done.stderr
 
 
 def test_evaluate_the_export(again: Project) -> None:

@@ -32,23 +32,25 @@ FROM_COSTS = ("*/costs", "mask", "*/update", "shot", "evaluation")
 FACTORS = ("*/input-factors", "*/output-factors")
 WHOLE = (*FACTORS, *FROM_COSTS)
 SAMPLE = {"pruned/sample"}
+SPECTRA = of_shots(SHOTS[2:], "*/spectra")
+"""Of the last shot; the report shows them."""
 CASES = {
     "report.prompt=Hello": ({"dense/sample", "pruned/sample"}, False),
     "report.new_tokens=2": ({"dense/sample", "pruned/sample"}, False),
     "export.dtype=bfloat16": (set(), True),
     "export.layout=dense": (set(), True),
     "evaluate.windows=3": ({"evaluation/windows", "dense/evaluation", *of_shots(SHOTS, "evaluation")}, True),
-    "prune.damping=0.05": (of_shots(SHOTS[:1], *FROM_COSTS) | of_shots(SHOTS[1:], *WHOLE) | SAMPLE, True),
-    "prune.cost=obd": (of_shots(SHOTS[:1], *FROM_COSTS) | of_shots(SHOTS[1:], *WHOLE) | SAMPLE, True),
-    "prune.ranking=cost": (of_shots(SHOTS[:1], *FROM_COSTS[1:]) | of_shots(SHOTS[1:], *WHOLE) | SAMPLE, True),
-    "prune.update=none": (of_shots(SHOTS[:1], *FROM_COSTS[2:]) | of_shots(SHOTS[1:], *WHOLE) | SAMPLE, True),
-    "prune.sparsity=0.1 prune.shots=1": (SAMPLE, True),
-    "prune.sparsity=0.2 prune.shots=2": (SAMPLE, True),
+    "prune.damping=0.05": (of_shots(SHOTS[:1], *FROM_COSTS) | of_shots(SHOTS[1:], *WHOLE) | SPECTRA | SAMPLE, True),
+    "prune.cost=obd": (of_shots(SHOTS[:1], *FROM_COSTS) | of_shots(SHOTS[1:], *WHOLE) | SPECTRA | SAMPLE, True),
+    "prune.ranking=cost": (of_shots(SHOTS[:1], *FROM_COSTS[1:]) | of_shots(SHOTS[1:], *WHOLE) | SPECTRA | SAMPLE, True),
+    "prune.update=none": (of_shots(SHOTS[:1], *FROM_COSTS[2:]) | of_shots(SHOTS[1:], *WHOLE) | SPECTRA | SAMPLE, True),
+    "prune.sparsity=0.1 prune.shots=1": (of_shots(SHOTS[:1], "*/spectra") | SAMPLE, True),
+    "prune.sparsity=0.2 prune.shots=2": (of_shots(SHOTS[1:2], "*/spectra") | SAMPLE, True),
     "run.blocks_per_group=1": (set(), False),
     "run.keep=none": (set(), False),
-    "calibrate.sequences=5": ({"calibration/sequences", *of_shots(SHOTS, *WHOLE)} | SAMPLE, True),
-    "seed=1": ({"calibration/sequences", *of_shots(SHOTS, *WHOLE)} | SAMPLE, True),
-    "run.batch_size=2": ({"dense/evaluation", *of_shots(SHOTS, *WHOLE)} | SAMPLE, True),
+    "calibrate.sequences=5": ({"calibration/sequences", *of_shots(SHOTS, *WHOLE)} | SPECTRA | SAMPLE, True),
+    "seed=1": ({"calibration/sequences", *of_shots(SHOTS, *WHOLE)} | SPECTRA | SAMPLE, True),
+    "run.batch_size=2": ({"dense/evaluation", *of_shots(SHOTS, *WHOLE)} | SPECTRA | SAMPLE, True),
 }
 
 

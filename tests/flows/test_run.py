@@ -35,7 +35,7 @@ def test_files(finished: Project) -> None:
     assert {path.name for path in (finished.data / "stages").iterdir()} == stages
     assert {path.name for path in (finished.data / "timings").iterdir()} == stages
     assert {path.name for path in finished.data.iterdir()} == {
-        *("export", "manifest.json", "metrics", "models", "run.zarr", "stages", "store", "timings")
+        *("export", "manifest.json", "metrics", "models", "report", "run.zarr", "stages", "store", "timings")
     }
     assert not list((finished.data / "store" / "tmp").iterdir())
 
@@ -50,7 +50,7 @@ def test_keys_of_the_results(finished: Project) -> None:
     assert set(results["pruned"]) == {*SIZES, "sparsity"}
     assert set(results["tasks"]) == {"executed", "cached"}
     kinds = {"input-factors", "output-factors", "costs", "mask", "update", "evaluation"}
-    assert set(results["seconds"]) == {*kinds, "sequences", "windows", "total"}
+    assert set(results["seconds"]) == {*kinds, "sequences", "windows", "spectra", "total"}
     assert [shot["shot"] for shot in results["shots"]] == [1, 2, 3]
     for shot in results["shots"]:
         assert set(shot) == {
@@ -76,8 +76,8 @@ def test_numbers_belong_together(finished: Project) -> None:
     assert seconds["total"] == pytest.approx(sum(value for kind, value in seconds.items() if kind != "total"))
     assert 0 < results["peak_memory_gib"] < 8
     # Sequences, windows, dense evaluation; shots of curvature, 3 costs, mask, 3 updates, evaluation; export,
-    # benchmark, 2 samples.
-    assert results["tasks"]["executed"] == 3 + 3 * 9 + 4
+    # benchmark, 2 samples, spectra of 3 blocks.
+    assert results["tasks"]["executed"] == 3 + 3 * 9 + 7
 
 
 def test_sparsity_is_met_to_within_one_structure(finished: Project, inputs: Path) -> None:
@@ -152,6 +152,7 @@ def test_a_run_by_stages_is_the_same_run(params: dict[str, Any], finished: Proje
         done = project.surgeon(stage, "--quiet").ok()
         assert (done.stdout, done.stderr) == ("", "")
     assert not (project.data / "metrics" / "run.json").exists()
+    assert not (project.data / "report").exists()
     output = project.surgeon("report", "--json").ok()
     assert json.loads(output.stdout)["weights_digest"] == finished.results()["weights_digest"]
     assert project.contents() == finished.contents()

@@ -32,6 +32,7 @@ def pruned_state(context, single_weights):
             if linear.bias is not None:
                 arrays[f"{name}/bias"] = linear.bias.numpy() * rows[-1]
         arrays |= {"live_rows": np.concatenate(rows), "live_columns": np.concatenate(columns)}
+        facts = {"whole": whole, "linears": {shape.name: {"n_live": 1} for shape in context.model.blocks[block]}}
         request = Request(Stage("update", 1, ()), {"block": block, "by": "hand"}, {}, f"block-{block:02d}/update")
-        updates.append(commit(context, request, Product(arrays, {"whole": whole}), 0.0).value)
+        updates.append(commit(context, request, Product(arrays, facts), 0.0).value)
     return dense.after(updates)

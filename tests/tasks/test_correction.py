@@ -85,7 +85,12 @@ def test_objects_are_those_of_the_update_but_for_live_weights(start):
                 assert (new[name] != old[name])[live].mean() > 0.9
         assert reference.label == f"shot-01/block-{block:02d}/correction"
         attributes = Store(context.store).open(state.updates[block].key).attributes
-        assert {name: reference.attributes[name] for name in attributes} == dict(attributes)
+        assert reference.attributes["whole"] == attributes["whole"]
+        for name, facts in reference.attributes["linears"].items():
+            before, after = (arrays[f"{name}/weight"].astype(np.float64) for arrays in (old, new))
+            size = np.sqrt(((after - before) ** 2).sum() / (before**2).sum())
+            assert facts == {"n_live": 1, "correction_size": pytest.approx(size, rel=1e-12)}
+            assert size > 1e-4
         linears = read_linears(context, state.after(outcome.value), block)
         assert [name for name, linear in linears.items() if linear.live_rows.all()] == attributes["whole"]
 
@@ -116,6 +121,7 @@ def test_a_correction_that_does_not_help_leaves_every_weight(start):
         assert facts["loss_after"] > facts["loss_before"]
         old, new = (read_arrays(context, key) for key in (state.updates[block].key, reference.key))
         assert all(np.array_equal(old[name], new[name]) for name in old)
+        assert {linear["correction_size"] for linear in reference.attributes["linears"].values()} == {0.0}
     after = evaluate_perplexity(
         open_model(context, state.after(outcome.value)), read_arrays(context, likely.key)["tokens"], context.groups, 6
     )

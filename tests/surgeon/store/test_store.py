@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,15 @@ from surgeon.errors import CorruptObjectError, EvictedError, NondeterminismError
 from surgeon.store import BFloat16Array, Layout, Reference, Store, SymmetricMatrix, digest_text
 from surgeon.store.arrays import DTYPES, chunk_shape
 
+WITH_CONTENT = (
+    "zarr.json",
+    "weight/c/0/0",
+    "weight/c/1/0",
+    "self_attn.q_proj/A/c/0",
+    "self_attn.q_proj/mask/c/0",
+    "zeros/c/0/0",
+    "hidden/c/0/0",
+)
 KEY = digest_text("key")
 OTHER = digest_text("other")
 ROOT = Path(__file__).parents[3]
@@ -51,6 +61,11 @@ def _files(directory):
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path.name != "record.json"
     }
+
+
+def _rewrite(path, change):
+    """Changes the text of a file; removes it where there is no change."""
+    path.write_text(change(path.read_text())) if change else path.unlink()
 
 
 def _is_left(store):
@@ -196,7 +211,11 @@ class TestReference:
         assert record["seconds"] == 1.5 and record["label"] == "shot-03/factors"
         assert {"created", "host", "surgeon"} < set(record)
         group = zarr.open_group(store.path(KEY), mode="r")
-        assert group.attrs["reference"]["parameters"] == {"damping": 0.01}
+        assert group.attrs["reference"]["parameters"] == {"damping": 0.01} == store.parameters(KEY)
+        _commit(store, key=OTHER)
+        assert store.parameters(OTHER) == {}
+        with pytest.raises(StoreError, match="has no object"):
+            store.parameters("0" * 64)
         assert store.size_bytes(KEY) == sum(
             path.stat().st_size for path in store.path(KEY).rglob("*") if path.is_file()
         )
@@ -241,9 +260,55 @@ class TestDamage:
         _commit(store)
         (store.path(KEY) / "weight/c/1/0").unlink()
 
-        expected = r"'weight' of shot-03/factors .*2 chunk files, but 1 were found \(missing: \['c/1/0'\].*quarantine"
+        expected = r"'weight' of shot-03/factors .*2 chunk files, but 1 were found \(missing: \['c/1/0'\]"
         with pytest.raises(CorruptObjectError, match=expected):
             store.open(KEY)
+
+    def test_moved_aside_and_made_again(self, store):
+        """What is damaged is missing afterwards, can be looked at below `corrupt`, and comes back the same."""
+        first = _commit(store)
+        before = _files(store.path(KEY))
+        (store.path(KEY) / "weight/c/1/0").unlink()
+
+        with pytest.raises(CorruptObjectError, match=f"It was moved to {store.root}/corrupt/{KEY}-") as caught:
+            store.open(KEY)
+        assert caught.value.key == KEY
+        assert store.lookup(KEY) is None
+        (aside,) = (store.root / "corrupt").iterdir()
+        assert set(before) - set(_files(aside)) == {"weight/c/1/0"}
+        assert _commit(store) == first
+        assert _files(store.path(KEY)) == before
+        store.verify(KEY)
+
+    def test_one_that_was_made_again_meanwhile_is_left_alone(self, store):
+        """Another process has found the same damage and has computed the object again."""
+        _commit(store)
+        (store.path(KEY) / "weight/c/0/0").write_bytes(b"x" * (1152 * 30 * 4 + 4))
+        opened = store.open(KEY)
+        with pytest.raises(CorruptObjectError, match="cannot be decoded"):
+            store.open(KEY)["weight"]
+        _commit(store)
+
+        with pytest.raises(EvictedError, match="Open it again"):
+            opened["weight"]
+        store.verify(KEY)
+
+    def test_that_cannot_be_moved(self, store, monkeypatch):
+        def refused(*arguments):
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        _commit(store)
+        (store.path(KEY) / "weight/c/1/0").unlink()
+        monkeypatch.setattr(Path, "rename", refused)
+        with pytest.raises(CorruptObjectError, match=r"cannot be moved aside \(.*denied\); move .* away"):
+            store.open(KEY)
+
+    def test_commit_takes_the_place_of_a_damaged_one(self, store):
+        first = _commit(store)
+        (store.path(KEY) / "zarr.json").write_text("{")
+        with pytest.raises(CorruptObjectError, match="cannot be read"):
+            _commit(store)
+        assert _commit(store) == first
 
     def test_chunk_which_disappears_after_opening(self, store):
         _commit(store)
@@ -270,11 +335,10 @@ class TestDamage:
         chunk.write_bytes(content)
 
         opened = store.open(KEY)
+        opened["zeros"]
         with pytest.raises(CorruptObjectError, match=r"'weight' of shot-03/factors .*cannot be decoded: .*checksum"):
             opened["weight"]
-        with pytest.raises(CorruptObjectError, match="cannot be decoded"):
-            store.verify(KEY)
-        opened["zeros"]
+        assert store.lookup(KEY) is None
 
     @pytest.mark.parametrize("keep", [0, 3, 100])
     def test_truncated_chunk(self, store, keep):
@@ -294,42 +358,58 @@ class TestDamage:
         with pytest.raises(CorruptObjectError, match="has the digest"):
             store.verify(KEY)
 
-    def test_array_metadata(self, store):
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                lambda text: text.replace("float64", "int64").replace("0.0", "0"),
+                r"should be float64\[3,5\], but its metadata say int64\[3,5\]",
+            ),
+            (lambda text: text[:-20], r"'zeros' .*metadata that cannot be read"),
+            (None, r"'zeros' .*metadata that cannot be read"),
+        ],
+        ids=["other", "cut", "missing"],
+    )
+    def test_array_metadata(self, store, change, message):
         _commit(store)
-        path = store.path(KEY) / "zeros/zarr.json"
-        metadata = path.read_text()
-
-        path.write_text(metadata.replace("float64", "int64").replace("0.0", "0"))
-        with pytest.raises(CorruptObjectError, match=r"should be float64\[3,5\], but its metadata say int64\[3,5\]"):
-            store.open(KEY)
-        path.write_text(metadata[:-20])
-        with pytest.raises(CorruptObjectError, match=r"'zeros' .*metadata that cannot be read"):
-            store.open(KEY)
-        path.unlink()
-        with pytest.raises(CorruptObjectError, match=r"'zeros' .*metadata that cannot be read"):
+        _rewrite(store.path(KEY) / "zeros/zarr.json", change)
+        with pytest.raises(CorruptObjectError, match=message):
             store.open(KEY)
 
-    def test_reference(self, store):
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda text: text.replace(KEY, OTHER), f"should hold key {KEY} of schema 2, but holds {OTHER}"),
+            (lambda text: text[: len(text) // 2], r"cannot be read: .*It was moved to "),
+            (lambda text: text.replace("12.5", "12.6"), "is not what was written there"),
+            (None, r"has no zarr\.json"),
+        ],
+        ids=["other key", "cut", "other attribute", "missing"],
+    )
+    def test_reference(self, store, change, message):
         _commit(store)
-        path = store.path(KEY) / "zarr.json"
-        content = path.read_text()
+        _rewrite(store.path(KEY) / "zarr.json", change)
+        with pytest.raises(CorruptObjectError, match=message):
+            store.lookup(KEY)
+        assert store.lookup(KEY) is None
 
-        path.write_text(content.replace(KEY, OTHER))
-        with pytest.raises(CorruptObjectError, match=f"should hold key {KEY} of schema 1, but holds {OTHER}"):
-            store.lookup(KEY)
-        path.write_text(content[: len(content) // 2])
-        with pytest.raises(CorruptObjectError, match=r"cannot be read: .*quarantine"):
-            store.lookup(KEY)
-        path.unlink()
-        with pytest.raises(CorruptObjectError, match=r"has no zarr\.json"):
-            store.lookup(KEY)
+    def test_record_is_worth_no_error(self, store):
+        """Only how long it took and for whom is lost."""
+        reference = _commit(store)
+        (store.path(KEY) / "record.json").write_text("{")
+        assert store.record(KEY) == {}
+        assert store.lookup(KEY) == replace(reference, label="")
+        store.verify(KEY)
 
-    def test_changed_attribute_fails_verification(self, store):
+    @pytest.mark.parametrize("name", WITH_CONTENT)
+    def test_any_flipped_byte_is_found(self, store, name):
+        """Of every file with content: the reference, and all chunks."""
         _commit(store)
-        path = store.path(KEY) / "zarr.json"
-        path.write_text(path.read_text().replace("12.5", "12.25"))
-
-        with pytest.raises(CorruptObjectError, match="has the digest"):
+        path = store.path(KEY) / name
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(CorruptObjectError):
             store.verify(KEY)
 
     def test_quarantine_makes_room(self, store):
@@ -535,13 +615,13 @@ class TestProcesses:
 
 class TestRoot:
     def test_format_file(self, store):
-        assert json.loads((store.root / "format.json").read_text()) == {"format": "surgeon-store", "schema": 1}
+        assert json.loads((store.root / "format.json").read_text()) == {"format": "surgeon-store", "schema": 2}
         Store(store.root)
 
     def test_other_schema(self, store):
-        (store.root / "format.json").write_text('{"format": "surgeon-store", "schema": 2}')
+        (store.root / "format.json").write_text('{"format": "surgeon-store", "schema": 3}')
         with pytest.raises(
-            StoreError, match=r"has schema 2, but this version of Surgeon reads schema 1\. Move the store"
+            StoreError, match=r"has schema 3, but this version of Surgeon reads schema 2\. Move the store"
         ):
             Store(store.root)
 

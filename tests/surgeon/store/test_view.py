@@ -94,6 +94,30 @@ def test_second_view_replaces_the_first(store, tmp_path):
     assert sorted(item.name for item in tmp_path.iterdir()) == ["run.zarr", "store"]
 
 
+def test_the_same_view_is_left_alone(store, tmp_path):
+    destination = tmp_path / "run.zarr"
+    build_view(store, ENTRIES, destination)
+    before = destination.stat().st_ino
+    build_view(store, ENTRIES, destination)
+    assert destination.stat().st_ino == before
+
+    store.evict(COSTS)
+    build_view(store, ENTRIES, destination)
+    assert destination.stat().st_ino != before
+    assert list(zarr.open_group(destination, mode="r")["shot-03/block-07"].members()) != []
+    assert "rows" not in zarr.open_group(destination, mode="r")["shot-03/block-07"]
+
+
+def test_an_object_made_again_is_linked_again(store, tmp_path):
+    """It was damaged, and so is the file that the view has of it."""
+    destination = tmp_path / "run.zarr"
+    build_view(store, {"only": COSTS}, destination)
+    store.quarantine(COSTS)
+    store.commit(COSTS, "costs", {"rows": np.arange(4.0)}, {})
+    build_view(store, {"only": COSTS}, destination)
+    assert (destination / "only/rows/c/0").samefile(store.path(COSTS) / "rows/c/0")
+
+
 def test_failure_keeps_the_earlier_view(store, tmp_path):
     destination = tmp_path / "run.zarr"
     build_view(store, {"only": COSTS}, destination)
