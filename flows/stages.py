@@ -222,7 +222,8 @@ def write_results(session: Session) -> dict[str, Any]:
 def _write_results(session: Session) -> dict[str, Any]:
     facts = {name: _stage_facts(session, name) for name in STAGES if name not in ("model", "benchmark")}
     facts["benchmark"] = current_benchmark(session)
-    timings = {name: read_json(session.workspace.timing_file(name)) or {} for name in STAGES}
+    # A stage that DVC took from its cache never ran here, as in an experiment or a new clone.
+    timings = {name: found for name in STAGES if (found := read_json(session.workspace.timing_file(name)))}
     store, references = Store(session.workspace.store), _manifest(session)
     results = build_results(store, references, facts, timings, provenance(session))
     write_json(session.workspace.metrics, results)
