@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgeon.errors import StoreError
+
 if TYPE_CHECKING:
     from dvc.repo import Repo
 
@@ -31,8 +33,8 @@ def revisions(home: Path) -> Iterator[Revision]:
     Nothing is fetched from a remote.
     """
     with _repository(home) as repo:
-        if repo is None or not hasattr(repo.scm, "get_ref"):
-            return  # without git there is only the workspace
+        if repo is None or not _has_git(repo):
+            return
         data = f"{home.relative_to(Path(repo.root_dir).resolve()).as_posix()}/data/".removeprefix("./")
         experiments = _experiment_names(repo)
         names = repo.brancher(all_branches=True, all_tags=True, all_experiments=True, workspace=False)
@@ -56,16 +58,22 @@ def _repository(home: Path) -> Iterator["Repo | None"]:
     if not any((folder / ".dvc").is_dir() for folder in (home, *home.parents)):
         yield None  # without importing DVC, which takes a second
         return
-    from dvc.exceptions import NotDvcRepoError
+    from dvc.exceptions import DvcException, NotDvcRepoError
     from dvc.repo import Repo
 
     try:
-        repo = Repo(str(home))
+        with Repo(str(home)) as repo:
+            yield repo
     except NotDvcRepoError:
         yield None
-        return
-    with repo:
-        yield repo
+    except DvcException as error:
+        raise StoreError(f"DVC cannot say which versions of {home} there are: {error}") from error
+
+
+def _has_git(repo: "Repo") -> bool:
+    from dvc.scm import NoSCM
+
+    return not isinstance(repo.scm, NoSCM)
 
 
 def _experiment_names(repo: "Repo") -> dict[str, str]:

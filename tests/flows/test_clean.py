@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +185,28 @@ def test_without_a_store(params: dict[str, Any], tmp_path: Path) -> None:
     assert refused.status == 2
     assert "there is no store at" in refused.stderr
     assert not (tmp_path / "project" / "data").exists()
+
+
+@pytest.mark.parametrize("option", [(), ("--no-scm",)])
+def test_repositories_without_any_version(project: Project, option: tuple[str, ...]) -> None:
+    for command in ([] if option else ["git init --quiet"]), [f"dvc init --quiet {' '.join(option)}"]:
+        for line in command:
+            program, *arguments = line.split()
+            found = shutil.which(program, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+            subprocess.run([str(found), *arguments], cwd=project.root, check=True)
+    assert clean(project, *ALL, "--yes")["going"]["n"] > 30
+    # An experiment between two stages, in a directory of its own.
+    needed, stages = stray(project), project.root / ".dvc/tmp/exps/tmpabc/data/stages"
+    stages.mkdir(parents=True)
+    (stages.parents[1] / ".dvc").mkdir()
+    (stages / "report.json").write_text(json.dumps({"references": {"dense/sample": [needed, "?"]}}))
+    plan = clean(project, *ALL, "--yes")
+    assert plan["staying_by_reason"][f"experiment at work in {project.root}"]["n"] == 1
+    assert needed in project.labels()
+    (project.root / ".dvc" / "config").write_text("[core")
+    refused = project.surgeon("clean")
+    assert refused.status == 2
+    assert f"DVC cannot say which versions of {project.root} there are: config file error" in refused.stderr
 
 
 def test_results_of_a_comparison_stay(project: Project) -> None:
