@@ -125,7 +125,7 @@ def _draw_costs_by_block(panel: Axes, costs: list[CostSummary]) -> None:
     panel.set_xlabel("block")
     panel.set_ylabel(_UNITS.get(costs[0].unit, costs[0].unit))
     panel.set_title(f"costs of {costs[0].of} in shot {costs[0].shot}")
-    panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), fontsize="small", ncols=6, frameon=False)
+    panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), fontsize="small", ncols=3, frameon=False)
     panel.grid(True, axis="y", color="0.9")
     panel.set_axisbelow(True)
 
@@ -189,6 +189,7 @@ def _draw_histogram(panel: Axes, sample: Sample, view: BlockView) -> None:
         panel.axvline(sample.threshold, color="0.2", linestyle="--", linewidth=1.2, label="threshold")
     panel.set_xlabel(_UNITS.get(sample.unit, sample.unit))
     panel.set_ylabel(f"number of {sample.of}")
+    panel.margins(y=0.2)  # room for the legend
     panel.yaxis.set_major_locator(MaxNLocator(integer=True))
     place = f", {sample.linear}" if sample.linear else ""
     panel.set_title(f"costs of {sample.of}: block {view.block}{place}, shot {view.shot}")

@@ -10,7 +10,9 @@ from rich.text import Text
 from flows.anatomy_facts import CostSummary
 from flows.compare_spec import percent
 from flows.inspection.block import BlockView, Factor, LinearView
+from flows.inspection.objects import bytes_by_kind
 from flows.inspection.run import RunView, Totals
+from surgeon.curvature.spectrum import LARGEST_CONDITION
 
 T = TypeVar("T")
 _SHOWN = (0.05, 0.5, 0.95)
@@ -18,15 +20,21 @@ _SHOWN = (0.05, 0.5, 0.95)
 
 
 def render_objects(rows: list[dict[str, Any]], console: Console) -> None:
-    """Objects of a store."""
+    """Objects of a store, and what each kind takes."""
     table = Table()
     for name in ("name", "kind", "arrays", "digest", "MiB"):
         table.add_column(name, justify="right" if name == "MiB" else "left", no_wrap=name != "arrays")
     for row in rows:
         arrays = ", ".join(f"{name} {shape}" for name, shape in list(row["arrays"].items())[:2])
         more = f" … {len(row['arrays']) - 2} more" if len(row["arrays"]) > 2 else ""
-        size = f"{row['bytes'] / 2**20:.1f}" if row["payload"] else "evicted"
+        size = _mib(row["bytes"]) if row["payload"] else "evicted"
         table.add_row(row["name"], row["kind"], arrays + more, row["digest"][:12], size)
+    console.print(table)
+    kinds = bytes_by_kind(rows)
+    table = _table("by kind", "kind", "objects", "MiB")
+    for kind, (count, n_bytes) in kinds.items():
+        table.add_row(kind, f"{count:,}", _mib(n_bytes))
+    table.add_row("all", f"{sum(c for c, _ in kinds.values()):,}", _mib(sum(s for _, s in kinds.values())))
     console.print(table)
 
 
@@ -166,11 +174,16 @@ def _factor_cells(factor: Factor) -> list[str]:
     return [
         f"{spectrum.values.size:,}",
         f"{spectrum.effective_rank():.1f}",
-        _optional(spectrum.condition(), _small),
+        _optional(spectrum.condition(), _condition),
         f"{factor.damping:g}" if factor.damping else "-",
-        _optional(spectrum.condition(factor.damping), _small) if factor.damping else "-",
+        _optional(spectrum.condition(factor.damping), _condition) if factor.damping else "-",
         *ends,
     ]
+
+
+def _condition(value: float) -> str:
+    """Beyond what float32 resolves it is only a bound."""
+    return f">= {_small(value)}" if value >= LARGEST_CONDITION else _small(value)
 
 
 def _costs(view: BlockView) -> Table:
@@ -197,6 +210,10 @@ def _largest(values: tuple[float, float] | None) -> str:
 
 def _optional(value: T | None, show: Callable[[T], str]) -> str:
     return "-" if value is None else show(value)
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:,.1f}"
 
 
 def _whole(value: int) -> str:

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Spectral = NDArray[np.float64]
+LARGEST_CONDITION = 1.0 / float(np.finfo(np.float32).eps)
+"""What float32 can tell from a singular matrix: condition numbers beyond it are given as this."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +43,7 @@ class Spectrum:
         if not self.values.size or self.values[-1] <= 0:
             return None
         smallest, largest = (float(v) + self.added(damping) for v in (self.values[0], self.values[-1]))
-        return largest / max(smallest, largest * float(np.finfo(np.float32).eps))
+        return largest / max(smallest, largest / LARGEST_CONDITION)
 
     def effective_rank(self) -> float:
         """Exponential of the entropy of the eigenvalues as shares of their sum, from 1 to n; 0 for a zero matrix."""

@@ -141,13 +141,16 @@ def check_block_costs(value: dict[str, Any], shot: Any, run: Any) -> None:
 
 
 def test_eigenvalues_are_computed_once_and_outlive_the_factors(again: Project) -> None:
+    store = Store(again.data / "store")
+    for reference in list(store.entries()):
+        if reference.kind == "spectra":
+            store.quarantine(reference.key)
     engine = InlineEngine()
     first = inspect_block(workspace(again), engine, 0, None, None)
     assert (engine.tally.executed, engine.tally.cached) == (1, 0)
     inspect_block(workspace(again), engine, 0, None, None)
     assert (engine.tally.executed, engine.tally.cached) == (1, 1)
     references = read_manifest(workspace(again))
-    store = Store(again.data / "store")
     for block in (0, 1):
         store.evict(references[f"shot-03/block-{block:02d}/output-factors"].key)
     assert look(again, 0).to_json() == first.to_json()
@@ -168,7 +171,7 @@ def test_objects_of_the_run_and_of_the_store(again: Project) -> None:
     row = next(row for row in rows if row["name"] == "shot-01/block-00/input-factors")
     assert row["payload"]
     assert row["bytes"] > 10_000
-    again.surgeon("run", "--quiet", "-S", "run.keep=none", "-S", "prune.damping=0.05").ok()
+    again.surgeon("prune", "--quiet", "-S", "run.keep=none", "-S", "prune.damping=0.05").ok()
     everything = json.loads(again.surgeon("inspect", "--store", "--json").ok().stdout)
     assert {row["key"] for row in everything} == set(again.labels())
     assert len({row["name"] for row in everything}) < len(everything)  # of two runs some have the same label

@@ -196,7 +196,11 @@ class TestReference:
         assert record["seconds"] == 1.5 and record["label"] == "shot-03/factors"
         assert {"created", "host", "surgeon"} < set(record)
         group = zarr.open_group(store.path(KEY), mode="r")
-        assert group.attrs["reference"]["parameters"] == {"damping": 0.01}
+        assert group.attrs["reference"]["parameters"] == {"damping": 0.01} == store.parameters(KEY)
+        _commit(store, key=OTHER)
+        assert store.parameters(OTHER) == {}
+        with pytest.raises(StoreError, match="has no object"):
+            store.parameters("0" * 64)
         assert store.size_bytes(KEY) == sum(
             path.stat().st_size for path in store.path(KEY).rglob("*") if path.is_file()
         )
