@@ -42,8 +42,7 @@ def render_restored(restored: dict[str, Any], console: Console) -> None:
     text = (
         f"{restored['taken']} results taken in, {restored['references']} as references only, {restored['there']} there"
     )
-    aside = f"; {restored['set_aside']} left out, as they were set aside here" if restored["set_aside"] else ""
-    console.print(text + aside, highlight=False, soft_wrap=True)
+    console.print(text, highlight=False, soft_wrap=True)
     for line in restored["damaged"]:
         console.print(f"refused: {line}", highlight=False, markup=False, soft_wrap=True)
 

@@ -24,14 +24,12 @@ class Restored:
         taken: with all their arrays, checked.
         references: of objects whose arrays the view does not have.
         there: before.
-        set_aside: not taken, because they were set aside in this store on purpose.
         damaged: not taken, because what lies in the view is not what the manifest says; one line each.
     """
 
     taken: int
     references: int
     there: int
-    set_aside: int
     damaged: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -87,13 +85,9 @@ def restore(workspace: Workspace) -> Restored:
 
 def _restore(workspace: Workspace, manifest: dict[str, Any]) -> Restored:
     store = Store(workspace.store)
-    done = Restored(0, 0, 0, 0, [])
-    set_aside = store.set_aside()
+    done = Restored(0, 0, 0, [])
     for name, value in manifest.items():
         reference = _named(workspace, name, value)
-        if reference.key in set_aside:
-            done.set_aside += 1
-            continue
         try:
             is_new = take_in(store, reference, workspace.view / name)
         except CorruptObjectError as error:
@@ -105,7 +99,7 @@ def _restore(workspace: Workspace, manifest: dict[str, Any]) -> Restored:
             done.taken += 1
         else:
             done.references += 1
-    done.taken += _restore_samples(workspace, store, set_aside)
+    done.taken += _restore_samples(workspace, store)
     return done
 
 
@@ -118,13 +112,13 @@ def _named(workspace: Workspace, name: str, value: Any) -> Reference:
         raise InputError(f"{workspace.manifest}, {name!r}: {error}") from error
 
 
-def _restore_samples(workspace: Workspace, store: Store, set_aside: set[str]) -> int:
+def _restore_samples(workspace: Workspace, store: Store) -> int:
     """Samples are made after the view; they have no arrays, and the report wrote all of them down."""
     report = read_json(workspace.stage_file("report")) or {"references": {}, "facts": {"samples": {}}}
     taken = 0
     for name, (key, digest) in report["references"].items():
         attributes = report["facts"]["samples"].get(name.removesuffix(f"/{SAMPLE}"))
-        is_wanted = key not in set_aside and attributes is not None and store.lookup(key, label="") is None
+        is_wanted = attributes is not None and store.lookup(key, label="") is None
         if is_wanted and digest_arrays({}, attributes) == digest:
             store.commit(key, SAMPLE, {}, attributes, label=name)
             taken += 1

@@ -191,11 +191,6 @@ class Store:
             if not self.has_payload(reference.key) and not (staging / EVICTED_FILE).exists():
                 restore_payload(target, staging, self._paths.new_temporary(reference.key))
 
-    def set_aside(self) -> set[str]:
-        """Keys of which an object was set aside, whether it was computed again or not."""
-        folder = self._paths.corrupt
-        return {item.name.partition("-")[0] for item in folder.iterdir()} if folder.is_dir() else set()
-
     def evict(self, key: str) -> None:
         """Drops the arrays of an object and keeps its reference. Killed half-way, it leaves a valid evicted object.
 
