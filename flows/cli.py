@@ -408,6 +408,30 @@ def clean(
 
 
 @app.command()
+def verify(
+    override: Override = None,
+    params: ParamsFile = None,
+    project: Root = Path(),
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read everything in the store and compare digests; what is damaged is named and moved aside.
+
+    Runs find damage by themselves when they read it; this is for looking now. Exit status 1 if there was any.
+    """
+    from flows.display import Display
+    from flows.opening import open_workspace
+    from flows.render import render_verified
+    from flows.verification import verify_store
+
+    with Display(quiet or as_json):
+        found = verify_store(open_workspace(project, params, override))
+    _show(found, as_json, render_verified)
+    if found["damaged"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def restore(
     override: Override = None, params: ParamsFile = None, project: Root = Path(), as_json: AsJson = False
 ) -> None:

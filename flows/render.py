@@ -129,3 +129,17 @@ def render_status(lines: list[dict[str, Any]], console: Console) -> None:
     for line in lines:
         table.add_row(line["stage"], line["found"], line["would_run"] or "nothing")
     console.print(table)
+
+
+def render_verified(found: dict[str, Any], console: Console) -> None:
+    """What `surgeon verify` read, and what it found."""
+    for line in found["damaged"]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"{found['verified']} results are what was committed ({found['bytes'] / 2**20:,.0f} MiB read), "
+        f"{len(found['damaged'])} were damaged; of {found['evicted']} only the reference is kept.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if found["damaged"]:
+        console.print("`surgeon run` computes damaged results again where it needs them.", highlight=False)

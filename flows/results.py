@@ -9,6 +9,7 @@ from flows.session import Session
 from flows.shot import SHOT
 from surgeon import __version__
 from surgeon.store import Reference, Store
+from tasks.spectra import SPECTRA
 
 _SIZES = ("perplexity", "parameters", "nonzero", "bytes", "linear_weights", "linear_nonzero")
 _PACKAGES = ("torch", "transformers", "zarr", "prefect", "dvc", "numpy")
@@ -60,7 +61,7 @@ def build_results(
             continue  # made of the others
         spent = float(store.record(reference.key).get("seconds") or 0.0)
         seconds[reference.kind] += spent
-        if name.startswith("shot-"):
+        if name.startswith("shot-") and reference.kind != SPECTRA.kind:  # these are looked at, not part of the shot
             by_shot[name.split("/")[0]][reference.kind] += spent
     shots = [{**shot, "seconds": dict(by_shot[f"shot-{shot['shot']:02d}"])} for shot in facts["prune"]["shots"]]
     pruned = facts["prune"]["pruned"]

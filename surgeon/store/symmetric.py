@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_BLOCK = 512
-"""Side of the blocks which are mirrored at once: source and target of a transposed copy stay in the cache."""
+_STRIP = 16
+"""Rows which are mirrored at once: as columns they are 64 bytes wide, a line of the cache."""
 
 
 def triangle_size(n: int) -> int:
@@ -71,27 +71,20 @@ def unpack_symmetric(packed: NDArray[np.float32]) -> NDArray[np.float32]:
     """
     n = triangle_side(packed.size)
     matrix = np.empty((n, n), dtype=np.float32)
+    lower = np.tri(min(_STRIP, n), dtype=np.bool_)
     start = 0
-    for row in range(n):
-        matrix[row, : row + 1] = packed[start : start + row + 1]
-        start += row + 1
-    _mirror(matrix)
-    return matrix
-
-
-def _mirror(matrix: NDArray[np.float32]) -> None:
-    """Copies the lower triangle over the upper one, in place, block by block."""
-    n = matrix.shape[0]
-    lower = np.tri(min(_BLOCK, n), dtype=np.bool_)
-    for top in range(0, n, _BLOCK):
-        rows = slice(top, min(top + _BLOCK, n))
-        for left in range(0, top, _BLOCK):
-            columns = slice(left, left + _BLOCK)
-            matrix[columns, rows] = matrix[rows, columns].T
+    for top in range(0, n, _STRIP):
+        rows = slice(top, min(top + _STRIP, n))
+        for row in range(rows.start, rows.stop):
+            matrix[row, : row + 1] = packed[start : start + row + 1]
+            start += row + 1
+        # Mirrored at once, while the strip is in the cache.
+        matrix[:top, rows] = matrix[rows, :top].T
         diagonal = matrix[rows, rows]
         # A sum of triangles would turn -0.0 into 0.0 and spread NaN; a choice keeps the bits.
         side = diagonal.shape[0]
         matrix[rows, rows] = np.where(lower[:side, :side], diagonal, diagonal.T)
+    return matrix
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,10 +47,10 @@ def test_no_second_copy_on_disk(repository: Repository) -> None:
     assert {path.stat().st_nlink for path in (data / "export").iterdir()} == {2}
     sizes = {
         folder: {s.st_ino: s.st_size for path in folder.rglob("*") if path.is_file() and (s := path.stat())}
-        for folder in (data / "store", data / "export", cache, data / "run.zarr")
+        for folder in (data / "store", data / "export", data / "report", cache, data / "run.zarr")
     }
     once = sum({inode: size for files in sizes.values() for inode, size in files.items()}.values())
-    needed = sum(sizes[data / "store"].values()) + sum(sizes[data / "export"].values())
+    needed = sum(sum(sizes[data / name].values()) for name in ("store", "export", "report"))
     # Beside the arrays there are lists of files and groups of the view; they are small, as the model here is.
     assert once < needed + 0.2 * sum(sizes[cache].values())
     assert sum(sizes[cache].values()) > 0.5 * needed

@@ -20,7 +20,7 @@ def test_the_code_of_the_page(finished: Project) -> None:
         [sys.executable, "-c", code], cwd=finished.root, env=environment(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "['costs', 'input-factors', 'output-factors', 'update']" in done.stdout
+    assert "['costs', 'input-factors', 'output-factors', 'spectra', 'update']" in done.stdout
     assert "update [0.01, 0.1]" in done.stdout
     assert finished.contents() == before
 

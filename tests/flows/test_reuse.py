@@ -1,5 +1,6 @@
 """A changed parameter makes only that work run again which depends on it."""
 
+import copy
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -7,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from flows.params import Params
 from flows.params_prune import PruneParams
+from flows.stages import dense_evaluation
 from surgeon.store import Store
-from tests.flows.project import Project, slow, tasks_of
+from tests.flows.project import ROOT, Project, slow, tasks_of
 from tests.flows.sessions import Runs
 
 SHOTS = ("shot-01", "shot-02", "shot-03")
@@ -196,7 +199,7 @@ def bases(
     @cache
     def project(base: str) -> Project:
         done = Project(tmp_path_factory.mktemp(base) / "project", small)
-        Runs(small, done.root).prune(**{"shots": 1, **BASES[base]})
+        dense_evaluation(Runs(small, done.root).prune(**{"shots": 1, **BASES[base]}).session)
         return done
 
     return project
@@ -215,3 +218,69 @@ def test_kinds_that_run_again(
 
 def test_every_parameter_of_prune_is_in_the_table() -> None:
     assert {name for _, change, _ in TABLE for name in change} == set(PruneParams.model_fields)
+
+
+TEXTS = {"source", "split", "column", "revision"}
+EVERYTHING = {"sequences", "windows", "evaluation"} | MEASURED
+CALIBRATION = EVERYTHING - {"windows"}  # and of the evaluations that of the shot alone
+OTHERS: list[tuple[str, Any, set[str]]] = [
+    ("seed", 1, CALIBRATION),
+    ("calibrate.sequences", 5, CALIBRATION),
+    ("calibrate.length", 16, CALIBRATION),
+    ("calibrate.order", "random-offsets", CALIBRATION),
+    ("calibrate.text.split", "first:50%", CALIBRATION),
+    ("evaluate.windows", 3, {"windows", "evaluation"}),
+    ("evaluate.length", 16, {"windows", "evaluation"}),
+    ("evaluate.text.split", "first:50%", {"windows", "evaluation"}),
+    ("model.dtype", "bfloat16", EVERYTHING),
+    ("run.batch_size", 2, {"evaluation"} | MEASURED),
+    ("run.blocks_per_group", 1, set()),
+    ("run.keep", "none", set()),
+]
+"""Parameters of other sections, and the kinds of tasks that run again for one shot and the dense evaluation."""
+ELSEWHERE = {
+    **dict.fromkeys(
+        ("model.source", "model.revision", "model.trust_remote_code"), "another model, whose digest counts"
+    ),
+    **dict.fromkeys((f"{s}.text.{n}" for s in ("calibrate", "evaluate") for n in TEXTS), "a text, whose digest counts"),
+    **dict.fromkeys(("run.engine", "run.store"), "test_prefect.py, test_survival.py"),
+    **dict.fromkeys(("run.device", "run.memory_gib"), "the kind of device is in every key; memory chooses the groups"),
+    **dict.fromkeys(("export.dtype", "export.layout", "report.prompt", "report.new_tokens"), "CASES"),
+    **dict.fromkeys(
+        (f"benchmark.{name}" for name in ("batch_sizes", "prompt", "new_tokens", "rounds", "dtype")),
+        "test_benchmark.py",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), OTHERS, ids=[name for name, _, _ in OTHERS])
+def test_kinds_that_run_again_in_other_sections(
+    bases: Callable[[str], Project], tmp_path: Path, name: str, value: Any, expected: set[str]
+) -> None:
+    project = bases("structures").copy(tmp_path / "project")
+    sections = copy.deepcopy(project.params) | {"prune": {"shots": 1}}
+    *path, last = name.split(".")
+    section = sections
+    for part in path:
+        section = section[part]
+    section[last] = value
+    again = Runs(sections, project.root).prune(shots=1)
+    dense_evaluation(again.session)
+    assert {kind.rpartition("/")[2] for kind in again.ran} == expected
+
+
+def test_every_parameter_is_tested_and_in_the_page() -> None:
+    """docs/parameters.md says for each what runs again, by its name or as part of its section."""
+    page = (ROOT / "docs" / "parameters.md").read_text().partition("## Change this, and these run again")[2]
+    for name in leaves(Params().model_dump(mode="json")):
+        section = name.partition(".")[0]
+        assert name in {n for n, _, _ in OTHERS} or name in ELSEWHERE or section == "prune", name
+        shown = {name, ".".join(name.split(".")[:2]), f"{section}.*"}
+        assert any(f"`{text}`" in page for text in shown), name
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name, value in tree.items():
+        found += leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"]
+    return found

@@ -1,5 +1,6 @@
 """What happens to a store: damage, company, a full disk. Nothing is lost, nothing is silently wrong."""
 
+import json
 import os
 import re
 import subprocess
@@ -98,6 +99,25 @@ def test_damage_found_by_looking_is_named(again: Project) -> None:
     assert "Traceback" not in done.stderr
     again.surgeon("run", "--quiet").ok()
     again.surgeon("status").ok()
+
+
+def test_verify_reads_everything(again: Project) -> None:
+    """Also what no run would read today."""
+    again.surgeon("run", "--quiet", "-S", "run.keep=none").ok()
+    sound = json.loads(again.surgeon("verify", "--json").ok().stdout)
+    store = Store(again.data / "store")
+    n_evicted = sum(not store.has_payload(key) for key in store.all_keys())
+    assert (sound["verified"], sound["evicted"]) == (len(again.labels()) - n_evicted, n_evicted)
+    assert n_evicted == 18
+    assert sound["damaged"] == []
+    flip(chunks(directory_of(again, "shot-01/block-00/costs"))[0])
+    flip(directory_of(again, "shot-01/evaluation") / "zarr.json")
+    done = again.surgeon("verify")
+    assert done.status == 1
+    assert done.stdout.count("It was moved to") == 2
+    assert f"{sound['verified'] - 2} results are what was committed" in done.stdout
+    assert "2 were damaged" in done.stdout
+    again.surgeon("verify").ok()
 
 
 def test_what_is_damaged_again_and_again_is_an_error(
