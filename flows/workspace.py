@@ -65,6 +65,11 @@ class Workspace:
         return self.data / "metrics" / "benchmark.json"
 
     @property
+    def machine(self) -> Path:
+        """How fast this machine is, as measured for `surgeon plan`."""
+        return self.data / "machine.json"
+
+    @property
     def comparison(self) -> Path:
         """Tables and plots of `surgeon compare`."""
         return self.data / "compare"

@@ -2,6 +2,7 @@
 
 from surgeon.store.arrays import BFloat16Array, Layout, ReadArray, StorableArray
 from surgeon.store.keys import SCHEMA, canonical_json, digest_arrays, digest_file, digest_text, stage_key
+from surgeon.store.planned import PlannedStore
 from surgeon.store.reading import ArrayInfo, StoredObject
 from surgeon.store.reference import Reference
 from surgeon.store.store import Store
@@ -13,6 +14,7 @@ __all__ = [
     "ArrayInfo",
     "BFloat16Array",
     "Layout",
+    "PlannedStore",
     "ReadArray",
     "Reference",
     "StorableArray",
