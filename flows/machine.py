@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from flows.session import Session
-from flows.work import block_shapes
+from flows.work_after import block_shapes
 from flows.workspace import read_json, write_json
 from surgeon.benchmarking import describe_machine
 from surgeon.planning import Rates, guess_rates, measure_rates

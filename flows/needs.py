@@ -11,6 +11,7 @@ import psutil
 from flows.dry_run import DryRun, Step
 from flows.session import Session
 from flows.work import WorkModel
+from flows.work_after import exported_bytes
 from surgeon.correction.adapters import AdapterSettings
 from surgeon.errors import ParameterError, StoreError
 from surgeon.memory import solve_gib
@@ -82,11 +83,11 @@ class Needs:
         }
 
 
-def memory_needs(session: Session, steps: Sequence[Step], export_bytes: int) -> MemoryNeeds:
+def memory_needs(session: Session, steps: Sequence[Step]) -> MemoryNeeds:
     """The peak of each row of the plan, and of the processes that are started."""
     by_stage: dict[str, float] = {}
     children: dict[str, float] = {}
-    needs = _by_body(session)
+    needs, export_bytes = _by_body(session), exported_bytes(session)
     for step in steps:
         row = step.row
         by_stage[row] = max(by_stage.get(row, 0.0), _OWN_GIB + needs.get(step.body, lambda: 0.0)())
@@ -152,7 +153,7 @@ def disk_needs(model: WorkModel, dry: DryRun) -> tuple[DiskNeed, ...]:
     session = model.session
     needs = [DiskNeed(store.root, "results", most)]
     if any(step.body is export_task for step in dry.steps):
-        needs.append(DiskNeed(session.workspace.data, "export", model.export_bytes))
+        needs.append(DiskNeed(session.workspace.data, "export", exported_bytes(session)))
     return tuple(needs)
 
 

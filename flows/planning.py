@@ -206,7 +206,7 @@ def outline_run(session: Session, *, whole: bool = True) -> Outline:
     steps = tuple((step, model.of(step) + each_task) for step in dry.steps)
     found = Counter(row_of(stage, name) for stage, names in dry.found.items() for name in names)
     start = Work.of(processes=_START_PROCESSES, seconds=_SERVER_S if engine is EngineName.PREFECT else 0.0)
-    memory = memory_needs(planned, dry.steps, model.export_bytes)
+    memory = memory_needs(planned, dry.steps)
     return Outline(steps, found, start, Needs(memory, disk_needs(model, dry)))
 
 

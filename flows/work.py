@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from flows.dry_run import Step
 from flows.live import LiveShare
 from flows.session import Session
+from flows.work_after import benchmark_work, block_shapes, export_work, n_windows, token_work
 from surgeon.curvature.spec import Statistic
 from surgeon.planning.passes import (
     BlockShape,
@@ -21,15 +20,13 @@ from surgeon.planning.passes import (
     gram_work,
     head_backward_work,
     head_work,
-    step_work,
 )
 from surgeon.planning.solves import cost_work, update_work
 from surgeon.planning.work import NOTHING, Work
 from surgeon.pruning.granularity import is_structured
-from surgeon.text import read_text
 from tasks.benchmark import benchmark_task
 from tasks.block_times import block_times_task
-from tasks.calibration import load_tokenizer, sequences_task, windows_task
+from tasks.calibration import sequences_task, windows_task
 from tasks.context import LinearShape, ModelState
 from tasks.correction import correction_task
 from tasks.costs import BlockWork, cost_task
@@ -42,11 +39,20 @@ from tasks.refining import kronecker_terms_task, moments_task
 from tasks.sizes import ARRAY_BYTES, OBJECT_BYTES, array_bytes, n_arrays, shared_inputs
 from tasks.update import Removal, update_task
 
-_TEXT_S = 0.4
-"""Reading a text and a tokenizer and cutting sequences."""
-_MASK_S = 0.2
+_TOKENIZER_S = 0.3
+"""Loading a tokenizer."""
+_TEXT_S = 0.2
+_TOKEN_S = 2e-5
+"""Seconds for each token of the vocabulary, whose digest is taken twice, when sequences are cut."""
+_MASK_S = 0.05
+_MASK_ARRAYS = 3
+_OPENS = 3
+"""How often the pruned linears of a block are opened where their live sets are read as well."""
+_UNPACKED = 4
+"""Bytes moved to unpack a byte of a triangle: both halves of the matrix."""
+_OBSERVED = 16
+"""Bytes moved for each number that an observer sees: checked for being finite, and summed."""
 _BLOCK_TIMES_S = 20.0
-_PROBE_TOKENS = 32
 _SELECTION_READS = 3
 """How often costs of single weights are read to find a threshold."""
 
@@ -65,8 +71,8 @@ class WorkModel:
     def of(self, step: Step) -> Work:
         """Work of one task, and of storing what it gives."""
         bodies: dict[Callable[..., Any], Callable[..., Work]] = {
-            sequences_task: lambda *_: Work.of(seconds=_TEXT_S),
-            windows_task: lambda *_: Work.of(seconds=_TEXT_S),
+            sequences_task: self._text,
+            windows_task: self._text,
             block_times_task: lambda *_: Work.of(seconds=_BLOCK_TIMES_S),
             boundary_task: self._boundary,
             curvature_task: self._curvature,
@@ -78,10 +84,13 @@ class WorkModel:
             correction_task: self._correction,
             evaluation_task: self._evaluation,
             sample_task: self._sample,
-            export_task: lambda _state: self.export,
-            benchmark_task: lambda _state: self.benchmark,
+            export_task: lambda _state: self._export(),
+            benchmark_task: lambda _state: benchmark_work(self.session),
         }
         return bodies[step.body](*step.arguments)
+
+    def _text(self, *_: Any) -> Work:
+        return Work.of(seconds=_TEXT_S + _TOKEN_S * self.session.model.n_vocabulary)
 
     @cached_property
     def blocks(self) -> tuple[BlockShape, ...]:
@@ -108,12 +117,20 @@ class WorkModel:
     def _weights(self, blocks: Sequence[int]) -> int:
         return sum(s.n_weights for b in blocks for s in self.session.model.blocks[b])
 
-    def _loaded(self, state: ModelState, blocks: Sequence[int]) -> Work:
+    def _loaded(self, state: ModelState, blocks: Sequence[int], opens: int = 1) -> Work:
         """Blocks brought into memory: from the checkpoint, or from the store."""
         n = self._weights(blocks)
-        if not state.updates:
-            return Work.of(loads=n * self._itemsize)
-        return Work.of(reads=4 * n, copies=2 * n * self._itemsize)
+        return self._read(blocks, opens) if state.updates else Work.of(loads=n * self._itemsize)
+
+    def _read(self, blocks: Sequence[int], opens: int) -> Work:
+        """Pruned linears of some blocks read from the store."""
+        n = self._weights(blocks)
+        return Work.of(reads=4 * n, copies=2 * n * self._itemsize) + opens * self._opened("update", blocks)
+
+    def _opened(self, kind: str, blocks: Sequence[int]) -> Work:
+        """Results of some blocks opened once; all arrays of one are checked."""
+        model, recipe, names = self.session.model, self.session.recipe, self.session.measured_linears
+        return Work.of(opened=sum(n_arrays(model, kind, block, recipe, names) for block in blocks))
 
     def _shot(self, label: str) -> LiveShare:
         return self._live.setdefault(label, LiveShare(self.session, int(label.removeprefix("shot-"))))
@@ -161,6 +178,7 @@ class WorkModel:
         for block in work.blocks:
             shapes = self._shapes(block, measured=True)
             inputs = shared_inputs(self.session.model, block, self.session.measured_linears)
+            total += Work.of(copies=_OBSERVED * tokens * sum(s.n_out + s.n_in for s in shapes))
             for statistic in work.statistics:
                 if statistic is Statistic.INPUT_FACTORS:
                     total += gram_work([s.n_in + s.has_bias for s in inputs], tokens)
@@ -202,24 +220,29 @@ class WorkModel:
 
     def _costs(self, work: BlockWork) -> Work:
         live = self._shot(work.label)
-        total = self._loaded(work.state, [work.block]) + self._factors_read(work.block)
+        total = self._loaded(work.state, [work.block], _OPENS) + self._factors_read(work.block)
         for shape in self._shapes(work.block, measured=True):
             total += cost_work(self.session.recipe, live.solved(work.block, shape))
         return total + self._stored("costs", work.block)
 
     def _factors_read(self, block: int) -> Work:
         kinds = self.session.recipe.curvature.statistics
-        return Work.of(reads=sum(self._bytes(kind.value, block) for kind in kinds))
+        work = NOTHING
+        for kind in kinds:
+            n_bytes = self._bytes(kind.value, block)
+            work += Work.of(reads=n_bytes, copies=_UNPACKED * n_bytes) + self._opened(kind.value, [block])
+        return work
 
     def _mask(self, *_: Any) -> Work:
-        total = Work.of(seconds=_MASK_S)
+        total = Work.of(seconds=_MASK_S) + self._opened("costs", range(len(self.blocks)))
         if not is_structured(self.session.recipe.granularity):
             total += Work.of(reads=_SELECTION_READS * self.session.model.update_bytes)
         return total
 
-    def _update(self, work: BlockWork, _removal: Removal) -> Work:
+    def _update(self, work: BlockWork, removal: Removal) -> Work:
+        n_masks = 0 if removal.mask is None else _MASK_ARRAYS
         live = self._shot(work.label)
-        total = self._loaded(work.state, [work.block])
+        total = self._loaded(work.state, [work.block], _OPENS) + Work.of(opened=n_masks)
         changed = [s for s in self._shapes(work.block, measured=True) if live.is_changed(work.block, s)]
         if changed:
             total += self._factors_read(work.block)
@@ -249,80 +272,9 @@ class WorkModel:
 
     def _sample(self, state: ModelState, *_: Any) -> Work:
         n_tokens = self.session.params.report.new_tokens
-        total = Work.of(openings=1, seconds=_TEXT_S) + self._loaded(state, range(len(self.blocks)))
-        return total + n_tokens * self._step(1.0, 1)
+        total = Work.of(openings=1, seconds=_TOKENIZER_S) + self._loaded(state, range(len(self.blocks)))
+        return total + n_tokens * token_work(self.session, 1.0, 1)
 
-    def _step(self, kept: float, batch_size: int) -> Work:
-        """One token each for some sequences, by a model that keeps a part of its decoder weights."""
-        model = self.session.model
-        n = model.n_parameters - (1.0 - kept) * model.n_weights
-        return step_work(n * self._itemsize, kept * model.n_weights + self._n_head, batch_size)
-
-    @property
-    def _kept(self) -> float:
-        """Part of the decoder weights that the exported model has."""
-        return 1.0 - self.session.goal.fraction if is_structured(self.session.recipe.granularity) else 1.0
-
-    @property
-    def export_bytes(self) -> int:
-        """Bytes of the exported weights."""
-        return exported_bytes(self.session)
-
-    @property
-    def export(self) -> Work:
+    def _export(self) -> Work:
         """Reading all updates twice (to write, and for the logits to compare with), writing, loading back elsewhere."""
-        model = self.session.model
-        every = ModelState("", (None,))  # type: ignore[arg-type] # pruned, whatever the updates
-        work = 2 * self._loaded(every, range(len(self.blocks))) + Work.of(files=self.export_bytes, openings=2)
-        work += step_work(model.n_parameters * self._itemsize, model.n_weights + self._n_head, _PROBE_TOKENS)
-        fresh = Work.of(processes=1, loads=self.export_bytes) + 2 * self._step(self._kept, _PROBE_TOKENS)
-        return work + fresh
-
-    @property
-    def benchmark(self) -> Work:
-        """Both models loaded side by side; each batch size a warm-up and the rounds: prompt, then token by token."""
-        given = self.session.params.benchmark
-        if not given.rounds:
-            return NOTHING
-        model = self.session.model
-        both = Work.of(processes=1.3, loads=2 * model.n_parameters * self._itemsize)
-        for kept in (1.0, self._kept):
-            for size in given.batch_sizes:
-                tokens = size * given.prompt
-                prompt = kept * forward_work(self.blocks, tokens, given.prompt) + self._step(kept, 1)
-                both += (given.rounds + 1) * (prompt + given.new_tokens * self._step(kept, size))
-        return both
-
-
-def block_shapes(session: Session) -> tuple[BlockShape, ...]:
-    """What a token costs in each block of a session's model."""
-    model = session.model
-    shapes = []
-    for index, block in enumerate(model.blocks):
-        width = model.width
-        if model.couplings is not None:
-            attention = model.couplings[index].attention
-            width = attention.n_query_heads * attention.head_dim
-        shapes.append(BlockShape(sum(s.n_weights for s in block), width))
-    return tuple(shapes)
-
-
-def n_windows(session: Session) -> int:
-    """Evaluation windows: as many as asked for, or as many as the text is likely to give."""
-    given = session.params.evaluate
-    if given.windows is not None:
-        return given.windows
-    text = read_text(given.text.spec()).text
-    start = text[:100_000]
-    n_tokens = len(load_tokenizer(session.checkpoint)(start)["input_ids"]) * len(text) / max(1, len(start))
-    return max(1, int(n_tokens) // given.length)
-
-
-def exported_bytes(session: Session) -> int:
-    """Bytes of the exported weights, as far as the parameters tell: what is removed whole is not written."""
-    model, given = session.model, session.params
-    dtype: torch.dtype = getattr(torch, given.export.dtype or given.model.dtype)
-    kept = 1.0
-    if is_structured(session.recipe.granularity) and given.export.layout != "dense":
-        kept = 1.0 - session.goal.fraction
-    return int((model.n_parameters - (1.0 - kept) * model.n_weights) * dtype.itemsize)
+        return 2 * self._read(range(len(self.blocks)), _OPENS) + export_work(self.session)

@@ -9,9 +9,9 @@ from surgeon.recipe import Recipe
 from tasks.context import LinearShape, ModelSpec
 
 FLOAT32 = 4
-ARRAY_BYTES = 6 << 10
-"""Metadata of an array, and what files are rounded up to on the disk."""
-OBJECT_BYTES = 12 << 10
+ARRAY_BYTES = 20 << 10
+"""Metadata and directories of an array, and what files are rounded up to on the disk."""
+OBJECT_BYTES = 20 << 10
 """Reference, record and groups of an object; they stay when its arrays are dropped."""
 
 

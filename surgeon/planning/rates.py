@@ -269,6 +269,7 @@ def _disk_rates(directory: Path, clock: _Clock) -> dict[Operation, float]:
         commit("warm-up", little)
         small = float(np.median([commit(f"small {number}", little) for number in range(3)]))
         large = float(np.median([commit(f"large {number}", {"a": values + number}) for number in range(3)]))
+        opening = clock.typical(lambda: store.open(digest_text("warm-up")))
         reading = clock.typical(lambda: store.open(digest_text("large 0")).array("a"))
         file = Path(folder) / "file"
 
@@ -279,6 +280,7 @@ def _disk_rates(directory: Path, clock: _Clock) -> dict[Operation, float]:
         filing = clock.typical(write)
     return {
         Operation.ARRAYS: _SMALL_ARRAYS / small,
+        Operation.OPENED: _SMALL_ARRAYS / opening,
         Operation.WRITES: _DISK_BYTES / max(large - small / _SMALL_ARRAYS, 0.5 * large),
         Operation.READS: _DISK_BYTES / reading,
         Operation.FILES: _DISK_BYTES / filing,

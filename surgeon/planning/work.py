@@ -34,6 +34,8 @@ class Operation(StrEnum):
     """Bytes read from the store, with checksums."""
     WRITES = "writes"
     """Bytes written to the store, with digest, checksums and flush."""
+    OPENED = "opened"
+    """Arrays of stored results opened and checked to be read, whatever their size."""
     ARRAYS = "arrays"
     """Arrays written to the store, whatever their size."""
     FILES = "files"
