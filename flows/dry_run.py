@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from flows.engine import Engine
 from surgeon.curvature.spec import Statistic
-from surgeon.store import PlannedStore, Reference
+from surgeon.store import PlannedStore, promised_digest
 from tasks.block_times import block_times_request, block_times_task
 from tasks.calibration import sequences_request, sequences_task, windows_request, windows_task
 from tasks.context import Context
@@ -153,11 +153,6 @@ def _requests(store: PlannedStore, body: Callable[..., Any], args: tuple[Any, ..
 def _attributes(request: Request, context: Context) -> dict[str, Any]:
     """What flows read of a result before another task does."""
     if request.stage is MASK:
-        blocks = [f"planned-{request.key(context)}-{block}" for block in range(context.model.n_blocks)]
+        blocks = [promised_digest(f"{request.key(context)}-{block}") for block in range(context.model.n_blocks)]
         return {"blocks": blocks, "n_removed": 0, "threshold": None}
     return {"linears": {}} if request.stage is UPDATE else {}
-
-
-def is_promise(reference: Reference) -> bool:
-    """Whether a result is not there yet."""
-    return reference.digest == f"planned-{reference.key}"

@@ -32,7 +32,7 @@ _CHILD_GIB = 0.36
 """That of a process with torch and transformers alone (measured)."""
 _KEY_VALUE_COPIES = 2
 """Keys and values of a batch while a cache grows: before and after a token is added."""
-_PASSES = (curvature_task, moments_task, kronecker_terms_task, correction_task)
+_PASSES = (curvature_task, moments_task, kronecker_terms_task)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class MemoryNeeds:
     @property
     def own(self) -> float:
         """The most that the run's own process takes."""
-        return max(self.by_stage.values(), default=0.0)
+        return max(self.by_stage.values(), default=_OWN_GIB)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from flows.benchmark import known_figures
-from flows.dry_run import DryEngine, DryRun, Step, is_promise, row_of
+from flows.dry_run import DryEngine, DryRun, Step, row_of
 from flows.goal import BATCH, LENGTH, Goal, require_goal
 from flows.needs import Needs, disk_needs, memory_needs, require_disk, require_memory
 from flows.params import EngineName
@@ -17,7 +17,7 @@ from flows.shot import Shot
 from flows.stage_facts import has_export
 from flows.work import WorkModel
 from surgeon.planning import NOTHING, Rates, Work
-from surgeon.store import PlannedStore, Reference
+from surgeon.store import PlannedStore, Reference, is_promised
 from tasks.benchmark import benchmark_task
 from tasks.block_times import block_times_task
 from tasks.evaluation import evaluation_task, sample_task
@@ -132,8 +132,8 @@ def dry_run(session: Session, *, whole: bool) -> tuple[DryRun, Session]:
 
 def _after_pruning(engine: DryEngine, session: Session, dense: Reference, shots: list[Shot]) -> None:
     dry, state, settings = engine.dry, shots[-1].state, session.params.report
-    is_known = not any(block.digest.startswith("planned-") for block in state.updates)
-    exported = is_known and not is_promise(shots[-1].evaluation) and has_export(session, dense, shots)
+    made = (shots[-1].evaluation.digest, *(block.digest for block in state.updates))
+    exported = not any(map(is_promised, made)) and has_export(session, dense, shots)
     dry.add("export", "export", export_task, (state,), missing=not exported)
     measured = exported and known_figures(session) is not None
     dry.add("benchmark", "benchmark", benchmark_task, (state,), missing=not measured)
@@ -156,7 +156,9 @@ def _shots(session: Session) -> list[Shot]:
     given = session.params.prune
     if given.speedup is not None:
         times = session.engine.task(block_times_task, session.context, BATCH, LENGTH, name="block-times")
-        if is_promise(times):  # what a speed-up takes is measured by the run; until then, as if time went with weights
+        if is_promised(
+            times.digest
+        ):  # what a speed-up takes is measured by the run; until then, as if time went with weights
             session.__dict__["goal"] = Goal(1.0 - 1.0 / given.speedup, WEIGHTS, f"speedup: {given.speedup:g}")
     return prune(session)
 

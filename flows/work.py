@@ -41,9 +41,9 @@ from tasks.update import Removal, update_task
 
 _TOKENIZER_S = 0.3
 """Loading a tokenizer."""
-_TEXT_S = 0.2
-_TOKEN_S = 2e-5
-"""Seconds for each token of the vocabulary, whose digest is taken twice, when sequences are cut."""
+_TEXT_S = 0.4
+_TOKEN_S = 5e-6
+"""Seconds for each token of the vocabulary, of which a digest is taken."""
 _MASK_S = 0.05
 _MASK_ARRAYS = 3
 _OPENS = 3

@@ -1,6 +1,7 @@
 """Token sequences: to calibrate on, and to evaluate on."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -134,8 +135,15 @@ def overlap(context: Context, calibration: Reference, windows: Reference) -> flo
 
 def _open(context: Context, spec: TextSpec) -> tuple[Text, PreTrainedTokenizerBase, dict[str, str]]:
     text = read_text(spec)
-    tokenizer = load_tokenizer(context.model.checkpoint)
-    return text, tokenizer, {"text": text.digest, "tokenizer": tokenizer_digest(tokenizer)}
+    tokenizer, digest = _tokenizer_with_digest(context.model.checkpoint)
+    return text, tokenizer, {"text": text.digest, "tokenizer": digest}
+
+
+@lru_cache(maxsize=1)
+def _tokenizer_with_digest(checkpoint: Checkpoint) -> tuple[PreTrainedTokenizerBase, str]:
+    """Kept, because a run asks for it about eight times; a checkpoint names its content by its digest."""
+    tokenizer = load_tokenizer(checkpoint)
+    return tokenizer, tokenizer_digest(tokenizer)
 
 
 def _origin(text: Text, inputs: dict[str, str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from surgeon.store.arrays import BFloat16Array, Layout, ReadArray, StorableArray
 from surgeon.store.keys import SCHEMA, canonical_json, digest_arrays, digest_file, digest_text, stage_key
-from surgeon.store.planned import PlannedStore
+from surgeon.store.planned import PlannedStore, is_promised, promised_digest
 from surgeon.store.reading import ArrayInfo, StoredObject
 from surgeon.store.reference import Reference
 from surgeon.store.store import Store
@@ -26,7 +26,9 @@ __all__ = [
     "digest_arrays",
     "digest_file",
     "digest_text",
+    "is_promised",
     "pack_symmetric",
+    "promised_digest",
     "stage_key",
     "unpack_symmetric",
 ]

@@ -10,6 +10,18 @@ from surgeon.store.arrays import StorableArray
 from surgeon.store.reference import Reference
 from surgeon.store.store import Store
 
+_PROMISED = "planned-"
+
+
+def promised_digest(name: str) -> str:
+    """A digest that no content has, for what is not there yet."""
+    return f"{_PROMISED}{name}"
+
+
+def is_promised(digest: str) -> bool:
+    """Whether a digest is one of `promised_digest`."""
+    return digest.startswith(_PROMISED)
+
 
 @dataclass(frozen=True)
 class Change:
@@ -58,7 +70,7 @@ class PlannedStore(Store):
         self.changes.append(Change(key, kind, label, is_written=True))
         known = self.lookup(key)
         if known is None:
-            known = self._promised[key] = Reference(key, kind, f"planned-{key}", {}, dict(attributes), label)
+            known = self._promised[key] = Reference(key, kind, promised_digest(key), {}, dict(attributes), label)
         return known
 
     def commit(

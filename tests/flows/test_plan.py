@@ -26,6 +26,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "adapters and fresh texts": ({"correction": "adapters", "fresh_calibration": True}, {}),
     "no statistics": ({"structure": "weights", "method": "magnitude"}, {"keep": "none"}),
+    "a speed-up": (
+        {"structure": "units", "sparsity": None, "speedup": 1.05, "multiple": 1, "widths": "free"},
+        {"keep": "last"},
+    ),
     "no mask": ({"structure": "2:4", "method": "sparsegpt"}, {**GROUPED, "keep": "last"}),
 }
 

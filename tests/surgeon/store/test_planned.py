@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from surgeon.store import PlannedStore, Store, stage_key
+from surgeon.store import PlannedStore, Store, is_promised, stage_key
 
 
 def key_of(name):
@@ -22,6 +22,8 @@ def test_promises_and_drops_are_seen_and_nothing_is_written(tmp_path):
     with planned.lock(key_of("new")):
         promised = planned.commit(key_of("new"), "kind", {"a": np.ones(3)}, {"n": 2}, label="new")
     assert planned.lookup(key_of("new")) == promised
+    assert is_promised(promised.digest)
+    assert not is_promised(real.digest)
     assert planned.has_payload(key_of("new"))
     planned.evict(real.key)
     assert planned.lookup(real.key) == real
