@@ -1,7 +1,8 @@
 """Work of costs and updates of one linear with n_out = o rows and n_in = i columns, by what the recipe asks for.
 
-In multiply-adds, float64: a Cholesky factorisation n³/6, the inverse of its factor n³/3 (`triangular_inverse`), that of
-the matrix from it n³ more, a product of matrices its three sides. Copies are bytes: most steps cut rows and columns out
+In multiply-adds, float64: a Cholesky factorisation n³/6 (alone it runs at half the rate of products, and so counts
+twice), the inverse of its factor n³/3 (`triangular_inverse`), that of the matrix from it n³ more, a product of matrices
+its three sides. Copies are bytes: most steps cut rows and columns out
 of matrices of the size of a factor.
 """
 
@@ -13,7 +14,9 @@ from surgeon.planning.work import NOTHING, Work
 from surgeon.pruning.granularity import is_structured
 from surgeon.recipe import Recipe
 
-_SCALES = 1 / 6 + 1 / 3
+_CHOLESKY = 2 / 6
+"""A factorisation, in n³."""
+_SCALES = _CHOLESKY + 1 / 3
 """Diagonal of an inverse, in n³."""
 _INVERSE = 1 / 6 + 1 / 3 + 1
 """A whole inverse, in n³."""
@@ -120,10 +123,12 @@ def _structures(recipe: Recipe, linear: Solved) -> Work:
             q = share * n
             k = n - q
             few = n * n * q + k * q * q / 2
-            many = k**3 / 6 + k * k * q
-            work += Work.of(solves=n**3 / 6 + min(few, many) + k * q * q + other * q * n + o * q * q, copies=24 * n * n)
+            many = _CHOLESKY * k**3 + k * k * q
+            work += Work.of(
+                solves=_CHOLESKY * n**3 + min(few, many) + k * q * q + other * q * n + o * q * q, copies=24 * n * n
+            )
     if recipe.correction is Correction.NEWTON:
-        work += Work.of(solves=(o**3 + i**3) / 6 + 2 * (o * o * i + o * i * i))
+        work += Work.of(solves=_CHOLESKY * (o**3 + i**3) + 2 * (o * o * i + o * i * i))
     return work
 
 
@@ -134,7 +139,7 @@ def _iterations(recipe: Recipe, linear: Solved) -> Work:
     each = Work.of(products=products, copies=_ITERATION_COPIES * o * i)
     if is_structured(recipe.granularity):  # then in float64, with a preconditioner that is factorised
         each = Work.of(solves=products + o * o * i + o * i * i, copies=2 * _ITERATION_COPIES * o * i)
-    return (recipe.update.max_iterations + 1) * each + Work.of(solves=(o**3 + i**3) / 6)
+    return (recipe.update.max_iterations + 1) * each + Work.of(solves=_CHOLESKY * (o**3 + i**3))
 
 
 def _chunks(recipe: Recipe, linear: Solved) -> Work:
