@@ -27,7 +27,7 @@ class Display(TaskObserver):
         self._console = Console(stderr=True, soft_wrap=True)
         self._quiet = quiet
         self.is_shown = not quiet
-        self._expected: Mapping[str, float] = {}
+        self._expected: dict[str, float] = {}
         self._total = 0.0
         self._start = time.perf_counter()
         self._done = 0.0
@@ -77,8 +77,8 @@ class Display(TaskObserver):
 
     def task_finished(self, name: str, cached: bool) -> None:
         """A task has ended."""
-        # Tasks that were expected to run but were found are done all the same.
-        expected = self._expected.get(name, 0.0)
+        # Tasks that were expected to run but were found are done all the same; some are asked for twice.
+        expected = self._expected.pop(name, 0.0)
         self._done += expected
         if not cached:
             self._taken += time.perf_counter() - self._task_start
@@ -94,7 +94,7 @@ class Display(TaskObserver):
 
     def tasks_reused(self, names: list[str]) -> None:
         """Tasks that were not asked for because a finished result stands for all of them."""
-        expected = sum(self._expected.get(name, 0.0) for name in names)
+        expected = sum(self._expected.pop(name, 0.0) for name in names)
         self._done += expected
         self._found += expected
 

@@ -15,7 +15,7 @@ from flows.checks import check_prunable
 from flows.destination import require_destination
 from flows.goal import require_goal
 from flows.machine import rates_at_hand
-from flows.planning import outline_run, require_fits, require_possible
+from flows.planning import outline_run, require_fits
 from flows.prune import prune
 from flows.render_plan import plan_line
 from flows.results import build_results, provenance
@@ -165,7 +165,7 @@ _BODIES: dict[str, Callable[[Session], None]] = {
 def run_stage(session: Session, name: str) -> None:
     """Runs one stage as a flow."""
     if name == "prune":
-        require_possible(session)
+        require_fits(session, outline_run(session, whole=False).needs)
     _run_stage(session, name)
 
 

@@ -21,6 +21,7 @@ def test_tasks_that_turn_out_to_be_there_take_no_time(capsys: pytest.CaptureFixt
     with Display(quiet=False) as display:
         display.plan({"a": 60.0, "b": 60.0, "c": 1.0})
         display.tasks_reused(["a", "of an earlier run"])
+        display.tasks_reused(["a"])
         assert first_line(display, capsys).split() == ["0:00", "50%", "b", "about", "1:01", "left"]
 
 
