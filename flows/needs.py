@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 
 from flows.dry_run import DryRun, Step
+from flows.params import EngineName
 from flows.session import Session
 from flows.work import WorkModel
 from flows.work_after import exported_bytes
@@ -26,7 +27,7 @@ from tasks.refining import kronecker_terms_task, moments_task
 from tasks.update import update_task
 
 GIB = 2**30
-_OWN_GIB = 0.58
+_OWN_GIB = {EngineName.PREFECT: 0.58, EngineName.INLINE: 0.48}
 """Resident memory of a process that has imported what a run needs (measured)."""
 _CHILD_GIB = 0.36
 """That of a process with torch and transformers alone (measured)."""
@@ -40,17 +41,19 @@ class MemoryNeeds:
     """Peak resident memory, GiB.
 
     Attributes:
+        idle: of the run's own process before it does anything.
         by_stage: of the run's own process, by row of the plan.
         children: of the processes it starts, by what for: all that run at the same time together.
     """
 
+    idle: float
     by_stage: Mapping[str, float]
     children: Mapping[str, float]
 
     @property
     def own(self) -> float:
         """The most that the run's own process takes."""
-        return max(self.by_stage.values(), default=_OWN_GIB)
+        return max(self.by_stage.values(), default=self.idle)
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,15 @@ def memory_needs(session: Session, steps: Sequence[Step]) -> MemoryNeeds:
     by_stage: dict[str, float] = {}
     children: dict[str, float] = {}
     needs, export_bytes = _by_body(session), exported_bytes(session)
+    idle = _OWN_GIB[session.params.run.engine]
     for step in steps:
         row = step.row
-        by_stage[row] = max(by_stage.get(row, 0.0), _OWN_GIB + needs.get(step.body, lambda: 0.0)())
+        by_stage[row] = max(by_stage.get(row, 0.0), idle + needs.get(step.body, lambda: 0.0)())
         if step.body is export_task:
             children["load back"] = _CHILD_GIB + export_bytes / GIB
         if step.body is benchmark_task and session.params.benchmark.rounds:
             children["benchmark"] = _benchmark_gib(session, export_bytes)
-    return MemoryNeeds(by_stage, children)
+    return MemoryNeeds(idle, by_stage, children)
 
 
 def _by_body(session: Session) -> dict[Any, Callable[[], float]]:
@@ -174,9 +178,9 @@ def require_memory(session: Session, needs: MemoryNeeds, available_gib: float | 
     for stage, need in needs.by_stage.items():
         bound = given is not None and stage in _ADVICE
         limit = given if bound and given is not None else available
-        if need - _OWN_GIB > limit:
+        if need - needs.idle > limit:
             raise ParameterError(
-                f"run.memory_gib: {stage} needs about {need - _OWN_GIB:.2g} GiB, but "
+                f"run.memory_gib: {stage} needs about {need - needs.idle:.2g} GiB, but "
                 f"{f'the budget is {given:g} GiB' if bound else here}. {_ADVICE.get(stage, _WHOLE)}"
             )
     for name, need in needs.children.items():

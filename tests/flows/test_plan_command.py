@@ -116,25 +116,27 @@ def session_with(tmp_path: Path, *overrides: str) -> Session:
 
 def test_memory_that_is_not_there_is_an_error_that_says_what_to_lower(tmp_path: Path) -> None:
     session = session_with(tmp_path)
-    needs = MemoryNeeds({"evaluate": 1.5, "prune: curvature": 4.0, "report": 3.0}, {"load back": 2.0, "benchmark": 5.0})
+    needs = MemoryNeeds(
+        0.5, {"evaluate": 1.5, "prune: curvature": 4.0, "report": 3.0}, {"load back": 2.0, "benchmark": 5.0}
+    )
     require_memory(session, needs, available_gib=6.0)
     with pytest.raises(ParameterError, match=r"benchmark needs about 5 GiB, but 4\.0 GiB are .*benchmark\.batch_sizes"):
         require_memory(session, needs, available_gib=4.0)
-    with pytest.raises(ParameterError, match=r"prune: curvature needs about 3\.4 GiB, but 3\.0 .*run\.batch_size"):
+    with pytest.raises(ParameterError, match=r"prune: curvature needs about 3\.5 GiB, but 3\.0 .*run\.batch_size"):
         require_memory(session, needs, available_gib=3.0)
     with pytest.raises(ParameterError, match=r"load back needs about 2 GiB, but 1\.0 GiB .*export\.dtype"):
-        require_memory(session, MemoryNeeds({}, {"load back": 2.0}), available_gib=1.0)
+        require_memory(session, MemoryNeeds(0.5, {}, {"load back": 2.0}), available_gib=1.0)
 
 
 def test_a_budget_counts_where_blocks_are_held_one_at_a_time(tmp_path: Path) -> None:
     """What needs the whole model is compared with what there is, for no budget makes it smaller."""
     session = session_with(tmp_path, "run.memory_gib=2")
-    require_memory(session, MemoryNeeds({"report": 5.0}, {}), available_gib=6.0)
-    require_memory(session, MemoryNeeds({"prune: costs": 2.0}, {}), available_gib=0.1)
-    with pytest.raises(ParameterError, match=r"prune: costs needs about 4\.4 GiB, but the budget is 2 GiB"):
-        require_memory(session, MemoryNeeds({"prune: costs": 5.0}, {}), available_gib=6.0)
-    with pytest.raises(ParameterError, match=r"report needs about 4\.4 GiB, but 3\.0 GiB are available"):
-        require_memory(session, MemoryNeeds({"report": 5.0}, {}), available_gib=3.0)
+    require_memory(session, MemoryNeeds(0.5, {"report": 5.0}, {}), available_gib=6.0)
+    require_memory(session, MemoryNeeds(0.5, {"prune: costs": 2.0}, {}), available_gib=0.1)
+    with pytest.raises(ParameterError, match=r"prune: costs needs about 4\.5 GiB, but the budget is 2 GiB"):
+        require_memory(session, MemoryNeeds(0.5, {"prune: costs": 5.0}, {}), available_gib=6.0)
+    with pytest.raises(ParameterError, match=r"report needs about 4\.5 GiB, but 3\.0 GiB are available"):
+        require_memory(session, MemoryNeeds(0.5, {"report": 5.0}, {}), available_gib=3.0)
 
 
 def test_a_disk_that_is_too_small_is_an_error_before_any_work(tmp_path: Path) -> None:
