@@ -12,6 +12,8 @@ from surgeon.benchmarking import describe_machine
 from surgeon.planning import Rates, guess_rates, measure_rates
 from surgeon.planning.rates import Sample
 
+_STEP_TOKENS = 32
+"""Sequences that tokens are added to one by one, at most: more would show no other rate."""
 _GUESSED_SIDE = 768
 """Matrices of a guess are no larger, so that it takes about a second."""
 
@@ -60,7 +62,7 @@ def _sample(session: Session) -> Sample:
         length=params.calibrate.length,
         blocks=block_shapes(session),
         sides=tuple(sorted(sides)) or (1,),
-        step_tokens=max(params.benchmark.batch_sizes),
+        step_tokens=min(_STEP_TOKENS, max(params.benchmark.batch_sizes)),
         n_head=model.width * model.n_vocabulary,
     )
 

@@ -180,12 +180,16 @@ def require_memory(session: Session, needs: MemoryNeeds, available_gib: float | 
         limit = given if bound and given is not None else available
         if need - needs.idle > limit:
             raise ParameterError(
-                f"run.memory_gib: {stage} needs about {need - needs.idle:.2g} GiB, but "
+                f"run.memory_gib: {stage} needs about {_gib(need - needs.idle)} GiB, but "
                 f"{f'the budget is {given:g} GiB' if bound else here}. {_ADVICE.get(stage, _WHOLE)}"
             )
     for name, need in needs.children.items():
         if need > available:
-            raise ParameterError(f"{name} needs about {need:.2g} GiB, but {here}. {_CHILD_ADVICE[name]}")
+            raise ParameterError(f"{name} needs about {_gib(need)} GiB, but {here}. {_CHILD_ADVICE[name]}")
+
+
+def _gib(value: float) -> str:
+    return f"{value:.2g}" if value < 100 else f"{value:,.0f}"
 
 
 def _available_gib() -> float:

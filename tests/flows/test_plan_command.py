@@ -1,6 +1,7 @@
 """`surgeon plan`, and what `surgeon run` says and refuses at its start."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,17 @@ def test_what_a_run_refuses_a_plan_refuses(
         assert done.status == 2
         assert message in done.stderr
         assert done.stdout == ""
+    assert project.labels() == {}
+
+
+def test_a_run_that_will_not_fit_is_refused_before_any_work(measured: tuple[Project, Finished], tmp_path: Path) -> None:
+    project = measured[0].copy(tmp_path / "project")
+    too_large = ("-S", "benchmark.batch_sizes=[10000000]", "-S", "benchmark.rounds=1")
+    for command in ("plan", "run"):
+        done = project.surgeon(command, *too_large)
+        assert done.status == 2
+        assert re.search(r"surgeon: benchmark needs about [\d,]+ GiB, but .*lower benchmark\.batch_sizes", done.stderr)
+        assert ("prune: curvature" in done.stdout) == (command == "plan")
     assert project.labels() == {}
 
 
