@@ -55,6 +55,8 @@ _OBSERVED = 16
 _BLOCK_TIMES_S = 20.0
 _SELECTION_READS = 3
 """How often costs of single weights are read to find a threshold."""
+_SELECTION_COPIES = 60
+"""Bytes moved for each byte of them: counted into bins, compared, sorted (measured)."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,8 @@ class WorkModel:
     def _mask(self, *_: Any) -> Work:
         total = Work.of(seconds=_MASK_S) + self._opened("costs", range(len(self.blocks)))
         if not is_structured(self.session.recipe.granularity):
-            total += Work.of(reads=_SELECTION_READS * self.session.model.update_bytes)
+            n_bytes = self.session.model.update_bytes
+            total += Work.of(reads=_SELECTION_READS * n_bytes, copies=_SELECTION_COPIES * n_bytes)
         return total
 
     def _update(self, work: BlockWork, removal: Removal) -> Work:

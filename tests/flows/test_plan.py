@@ -9,6 +9,7 @@ from flows.planning import dry_run, outline_run
 from flows.prune import prune
 from flows.session import Session
 from flows.stages import dense_evaluation
+from flows.work_after import n_windows
 from surgeon.choices import Keep
 from tests.flows.project import slow
 from tests.flows.sessions import Recorder, Runs, StoppedError
@@ -130,3 +131,20 @@ def test_disk_is_what_the_store_grows_by(runs: Runs) -> None:
     ran(session)
     taken = sum(path.stat().st_blocks * 512 for path in (runs.root / "data" / "store" / "objects").rglob("*"))
     assert expected == pytest.approx(taken, rel=0.25)
+
+
+def test_windows_of_a_whole_text_are_guessed(runs: Runs) -> None:
+    params = runs.params | {"evaluate": runs.params["evaluate"] | {"windows": None}}
+    session = Runs(params, runs.root).session({})
+    assert n_windows(session) == pytest.approx(session.windows.attributes["n_windows"], rel=0.05)
+    assert n_windows(runs.session({})) == 4
+
+
+def test_planning_runs_no_task_of_the_session(runs: Runs) -> None:
+    session = runs.session({"shots": 1})
+    ran(session)
+    tallies = {stage: (tally.executed, tally.cached) for stage, tally in session.engine.tallies.items()}
+    assert [step.name for step in dry_run(session, whole=True)[0].steps] == [
+        *("export", "benchmark", "dense/sample", "pruned/sample")
+    ]
+    assert tallies == {stage: (tally.executed, tally.cached) for stage, tally in session.engine.tallies.items()}
