@@ -79,8 +79,9 @@ def surgeon(command: str, project: Path, overrides: list[str]) -> Any:
 def taken_bytes(project: Path) -> int:
     """What store and export take on the disk; hard links of the view add nothing."""
     total = 0
-    for part in ("store", "export"):
-        for folder, _, names in os.walk(project / "data" / part):  # which passes over what goes while it looks
+    # A new export lies beside the old one until it is complete.
+    for part in (project / "data" / "store", *(project / "data").glob("*export*")):
+        for folder, _, names in os.walk(part):  # which passes over what goes while it looks
             for path in (Path(folder), *(Path(folder, name) for name in names)):
                 with suppress(FileNotFoundError):
                     total += path.lstat().st_blocks * _BLOCK_BYTES
