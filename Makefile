@@ -55,6 +55,7 @@ types: env  ## check types of surgeon and tasks
 bench: env  ## measure speed and memory (needs SURGEON_TEXT_DIR; see docs/benchmarks.md)
 	$(BIN)/python -m benchmarks.speed data/bench
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.plan
 	$(BIN)/python -m benchmarks.ablation data/bench
 
 clean:  ## remove what runs produced, except fetched models

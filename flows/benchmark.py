@@ -28,16 +28,32 @@ def measure_export(session: Session, *, if_changed: bool) -> dict[str, Any]:
     Raises:
         InputError: nothing was exported yet.
     """
-    measured = {
+    measured = _measured_now(session)
+    known = known_figures(session) if if_changed else None
+    sides = (_side("dense", session.checkpoint), _own_export(session))
+    figures = session.engine.task(benchmark_task, *sides, settings_of(session), session.say, known, name="benchmark")
+    return {"measured": measured, "figures": figures}
+
+
+def known_figures(session: Session) -> dict[str, Any] | None:
+    """Figures of the last measurement, if it was of the same export with the same settings on the same machine.
+
+    Raises:
+        InputError: nothing was exported yet.
+    """
+    last = last_benchmark(session)
+    if last is None or last["measured"] != _measured_now(session) or last["figures"]["failure"]:
+        return None
+    figures: dict[str, Any] = last["figures"]
+    return figures
+
+
+def _measured_now(session: Session) -> dict[str, Any]:
+    return {
         **exported_now(session),
         "settings": session.params.benchmark.model_dump(mode="json"),
         "machine": describe_machine(session.device),
     }
-    last = last_benchmark(session) if if_changed else None
-    known = last["figures"] if last and last["measured"] == measured and not last["figures"]["failure"] else None
-    sides = (_side("dense", session.checkpoint), _own_export(session))
-    figures = session.engine.task(benchmark_task, *sides, settings_of(session), session.say, known, name="benchmark")
-    return {"measured": measured, "figures": figures}
 
 
 def measure_models(session: Session, model: str | None, against: str | None) -> dict[str, Any]:
@@ -98,7 +114,7 @@ def exported_now(session: Session) -> dict[str, Any]:
 
 def last_benchmark(session: Session) -> dict[str, Any] | None:
     """The facts that the stage found last; None if it has not run here."""
-    found = read_json(session.workspace.stage_file("benchmark"))
+    found: dict[str, Any] | None = read_json(session.workspace.stage_file("benchmark"))
     return found and found["facts"]
 
 

@@ -333,6 +333,35 @@ def status(
 
 
 @app.command()
+def plan(
+    measure: Annotated[bool, typer.Option("--measure", help="Measure how fast this machine is again.")] = False,
+    override: Override = None,
+    params: ParamsFile = None,
+    project: Root = Path(),
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    engine: EngineName = None,
+) -> None:
+    """Say what a run will do and need: tasks, time, memory, disk. Computes nothing of it.
+
+    The first time, measures this machine for about ten seconds. A run that will not fit is an error, as for `run`.
+    """
+    from flows.machine import measured_rates
+    from flows.planning import outline_run, require_fits
+    from flows.render_plan import render_plan
+    from flows.stages import check_run
+
+    with _session(project, params, override, quiet or as_json, engine) as session:
+        session.check()
+        check_run(session)
+        outline = outline_run(session)
+        planned = outline.timed(measured_rates(session, again=measure))
+    if as_json or not quiet:
+        _show(planned.to_json() if as_json else planned, as_json, render_plan)
+    require_fits(session, planned.needs)
+
+
+@app.command()
 def inspect(
     block: Annotated[int | None, typer.Option("--block", min=0, help="Look into this block.")] = None,
     linear: Annotated[

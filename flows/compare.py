@@ -11,7 +11,8 @@ from flows.checks import check_pruning
 from flows.compare_files import write_comparison
 from flows.compare_spec import Run, shots_of
 from flows.comparison import Cell, Comparison, Row, Table, Usage
-from flows.prune import prune, require_possible
+from flows.planning import require_possible
+from flows.prune import prune
 from flows.results import provenance
 from flows.session import Session
 from flows.shot import Shot

@@ -15,7 +15,7 @@ from flows.params import Params, load_params
 from flows.params_problems import describe, raise_problems
 from flows.params_section import Number, Section, Word
 from flows.params_yaml import apply_override, read_yaml
-from flows.prune import shot_target
+from flows.schedule import shot_target
 from surgeon.errors import ParameterError
 
 DENSE = "dense"

@@ -2,18 +2,18 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from flows.engine import TaskObserver
-from flows.work import WorkPlan
 from tasks.progress import SilentReporter, set_reporter
 
 _LINE_EVERY_S = 5.0
 _FIRST_SHARE = 0.04
-"""Part of the work after which the time left is shown: the first tasks open the model and say little about the rate."""
+"""Part of the run after which what tasks really took corrects what was expected: the first say little."""
 
 
 class Display(TaskObserver):
@@ -26,11 +26,13 @@ class Display(TaskObserver):
     def __init__(self, quiet: bool) -> None:
         self._console = Console(stderr=True, soft_wrap=True)
         self._quiet = quiet
-        self._plan: WorkPlan | None = None
+        self.is_shown = not quiet
+        self._expected: dict[str, float] = {}
+        self._total = 0.0
         self._start = time.perf_counter()
-        self._units_done = 0.0
-        self._units_executed = 0.0
-        self._seconds_executed = 0.0
+        self._done = 0.0
+        self._taken = 0.0
+        self._found = 0.0
         self._task_start = self._start
         self._task = ""
         self._part = 0.0
@@ -68,10 +70,10 @@ class Display(TaskObserver):
         """Shows a line even if nothing else is shown."""
         self._console.print(line, highlight=False, markup=False)
 
-    def plan(self, plan: WorkPlan) -> None:
-        """Tells how much work there is in all, so that the time left can be given."""
-        self._plan = plan
-        self._units_done = self._units_executed = self._seconds_executed = 0.0
+    def plan(self, seconds: Mapping[str, float]) -> None:
+        """How long each task that will be executed is expected to take, so that the time left can be given."""
+        self._expected = dict(seconds)
+        self._total = sum(seconds.values())
 
     def task_started(self, name: str) -> None:
         """A task begins."""
@@ -79,11 +81,13 @@ class Display(TaskObserver):
 
     def task_finished(self, name: str, cached: bool) -> None:
         """A task has ended."""
-        units = self._plan.units(name) if self._plan else 0.0
-        self._units_done += units
+        # Tasks that were expected to run but were found are done all the same; some are asked for twice.
+        expected = self._expected.pop(name, 0.0)
+        self._done += expected
         if not cached:
-            self._units_executed += units
-            self._seconds_executed += time.perf_counter() - self._task_start
+            self._taken += time.perf_counter() - self._task_start
+        else:
+            self._found += expected
         self._part = 0.0
         self._draw(name)
 
@@ -94,21 +98,22 @@ class Display(TaskObserver):
 
     def tasks_reused(self, names: list[str]) -> None:
         """Tasks that were not asked for because a finished result stands for all of them."""
-        self._units_done += sum(self._plan.units(name) for name in names) if self._plan else 0.0
+        expected = sum(self._expected.pop(name, 0.0) for name in names)
+        self._done += expected
+        self._found += expected
 
     def _fraction(self) -> float:
-        if self._plan is None:
+        if not self._total:
             return 0.0
-        return min(1.0, (self._units_done + self._part * self._plan.units(self._task)) / self._plan.total)
+        return min(1.0, (self._done + self._part * self._expected.get(self._task, 0.0)) / self._total)
 
     def _left(self) -> str:
-        if self._plan is None:
+        if not self._total:
             return ""
-        units = self._units_executed + self._part * self._plan.units(self._task)
-        seconds = self._seconds_executed + (time.perf_counter() - self._task_start if self._part else 0.0)
-        if units < _FIRST_SHARE * self._plan.total or seconds < 1.0:
-            return ""
-        left = (1.0 - self._fraction()) * self._plan.total * seconds / units
+        expected = self._done - self._found + self._part * self._expected.get(self._task, 0.0)
+        taken = self._taken + (time.perf_counter() - self._task_start if self._part else 0.0)
+        pace = taken / expected if expected >= _FIRST_SHARE * self._total else 1.0
+        left = (1.0 - self._fraction()) * self._total * pace
         return f"about {int(left) // 60}:{int(left) % 60:02d} left"
 
     def _draw(self, what: str) -> None:
@@ -123,7 +128,7 @@ class Display(TaskObserver):
             elapsed = int(now - self._start)
             parts = [
                 f"{elapsed // 60}:{elapsed % 60:02d}",
-                f"{self._fraction():4.0%}" if self._plan else "",
+                f"{self._fraction():4.0%}" if self._total else "",
                 what,
                 self._left(),
             ]

@@ -5,11 +5,10 @@ The tasks are the same; neither engine's cache is used (the store is the one sou
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from flows.work import WorkPlan
 from tasks.stage import Outcome
 
 T = TypeVar("T")
@@ -28,8 +27,11 @@ class StageTally:
 class TaskObserver:
     """Is told about tasks; the base class does nothing."""
 
-    def plan(self, plan: WorkPlan) -> None:
-        """How much work there is in all, so that the time left can be given."""
+    is_shown = False
+    """Whether a user sees how far the run is, so that the time it takes is worth knowing."""
+
+    def plan(self, seconds: Mapping[str, float]) -> None:
+        """How long each task that will be executed is expected to take, by name."""
 
     def task_started(self, name: str) -> None:
         """A task begins."""

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -141,6 +141,11 @@ class Session:
         )
 
     @cached_property
+    def store(self) -> Store:
+        """The store of the run."""
+        return Store(self.context.store)
+
+    @cached_property
     def presence(self) -> Presence:
         """Keeps `surgeon clean` off the store for as long as the session lives."""
         return Presence(self.workspace.store, " ".join(["surgeon", *sys.argv[1:]])[:_COMMAND_LENGTH], self.say)
@@ -176,6 +181,12 @@ class Session:
         )
         shared = ["checkpoint", "model", "context", *(["windows"] if params.seed == self.params.seed else [])]
         other.__dict__.update({name: getattr(self, name) for name in shared})
+        return other
+
+    def rehearsal(self, engine: Engine, store: Store) -> "Session":
+        """A session of the same run that looks at another store, and shares nothing that a task has made."""
+        other = replace(self, engine=engine, _calibrations={})
+        other.__dict__.update(checkpoint=self.checkpoint, model=self.model, context=self.context, store=store)
         return other
 
     def sequence_spec(self, shot: int = 1) -> SequenceSpec:
@@ -273,7 +284,9 @@ class Session:
     def memory_estimate(self, blocks_per_group: int) -> MemoryEstimate:
         """Expected peak memory of a curvature pass."""
         return MemoryEstimate.of(
-            blocks=[[(s.n_out, s.n_in) for s in block] for block in self.model.blocks],
+            blocks=self.model.shapes(),
+            measured=self.model.shapes(self.measured_linears if self.model.couplings else None),
+            n_trunk=self.model.n_parameters - self.model.n_weights,
             width=self.model.width,
             n_vocabulary=self.model.n_vocabulary,
             batch_tokens=self.params.run.batch_size * max(self.params.calibrate.length, self.params.evaluate.length),

@@ -13,7 +13,7 @@ from flows.statistics import BlockStatistics
 from surgeon.choices import Correction, UpdateRule
 from surgeon.correction.adapters import AdapterSettings
 from surgeon.pruning.granularity import is_structured
-from surgeon.store import Reference, Store
+from surgeon.store import Reference
 from tasks.context import Context, ModelState, StoredBlock
 from tasks.correction import CORRECTION, correction_task
 from tasks.costs import COSTS, BlockWork, cost_request, cost_task
@@ -80,7 +80,7 @@ class ShotRun:
     def __init__(self, session: Session, state: ModelState, calibration: Reference, number: int, target: float) -> None:
         self.session = session
         self.context: Context = session.context
-        self.store = Store(session.context.store)
+        self.store = session.store
         self.state = state
         self.calibration = calibration
         self.number = number
@@ -210,7 +210,7 @@ class ShotRun:
             "convergence": facts["convergence"],
             "correction": after[0].attributes.get("correction"),
         }
-        return names, produce(self.context, self._request(), lambda: Product({}, record)).value
+        return names, produce(self.context, self._request(), lambda: Product({}, record), self.store).value
 
     def _work(self, block: int, statistics: Any) -> BlockWork:
         assert statistics is not None, f"{self.label}: statistics of block {block} are missing"

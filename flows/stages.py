@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from flows.benchmark import current_benchmark, measure_export
-from flows.card import model_card
 from flows.checks import check_prunable
 from flows.destination import require_destination
-from flows.prune import prune, require_possible
+from flows.goal import require_goal
+from flows.machine import rates_at_hand
+from flows.planning import outline_run, require_fits
+from flows.prune import prune
+from flows.render_plan import plan_line
 from flows.report import make_spectra, write_report
 from flows.results import build_results, provenance
 from flows.session import Session
-from flows.shot import Shot
-from flows.work import WorkPlan
+from flows.stage_facts import calibrate_facts, export_wanted, prune_facts, require_same_parameters, stage_facts
 from flows.workspace import read_json, write_json
 from surgeon.errors import InputError
 from surgeon.peak import process_peak_gib
 from surgeon.store import Reference, Store, build_view
-from tasks.calibration import overlap
 from tasks.context import ModelState, StoredBlock
 from tasks.evaluation import evaluation_task, sample_task
 from tasks.export import export_task
@@ -55,11 +56,7 @@ def evaluate_other(session: Session) -> dict[str, Any]:
 def calibrate(session: Session) -> None:
     """Draws the calibration sequences and cuts the evaluation windows."""
     calibration, windows = session.calibration(), session.windows
-    facts = {
-        "calibration": calibration.attributes,
-        "evaluation": windows.attributes,
-        "overlap": overlap(session.context, calibration, windows),
-    }
+    facts = calibrate_facts(session)
     _finish(session, "calibrate", {"calibration/sequences": calibration, "evaluation/windows": windows}, facts)
 
 
@@ -71,7 +68,7 @@ def evaluate(session: Session) -> None:
 
 def prune_stage(session: Session) -> None:
     """Runs all shots and looks into the factors of some blocks, then writes the manifest and the view."""
-    require_possible(session)
+    require_goal(session)
     shots = prune(session)
     references = {
         "calibration/sequences": session.calibration(),
@@ -83,14 +80,7 @@ def prune_stage(session: Session) -> None:
     if session.block_times is not None:
         references["dense/block-times"] = session.block_times
     references |= make_spectra(session, references, len(shots))
-    facts = {
-        "shots": [_shot_facts(shot) for shot in shots],
-        "pruned": {**shots[-1].evaluation.attributes, "sparsity": shots[-1].record["sparsity"]},
-        "parameters": _result_parameters(session),
-        "weights_digest": shots[-1].state.digest,
-        "model_digest": session.checkpoint.digest,
-        "updates": [[block.key, block.digest] for block in shots[-1].state.updates],
-    }
+    facts = prune_facts(session, shots)
     write_json(session.workspace.manifest, {name: ref.to_json() for name, ref in sorted(references.items())})
     build_view(Store(session.workspace.store), {n: r.key for n, r in references.items()}, session.workspace.view)
     _finish(session, "prune", references, facts)
@@ -128,20 +118,18 @@ def export_to(session: Session, destination: Path, *, overwrite: bool = False) -
     """
     own = session.workspace.export
     require_destination(destination, is_own=destination.resolve() == own.resolve(), overwrite=overwrite)
-    _require_same_parameters(session)
-    pruned = _stage_facts(session, "prune")
-    card = model_card(session, _stage_facts(session, "evaluate"), pruned, _stage_facts(session, "calibrate"))
-    settings, state = session.params.export, pruned_state(session)
-    dtype, layout = str(settings.dtype or session.params.model.dtype), str(settings.layout)
+    require_same_parameters(session)
+    texts = stage_facts(session, "calibrate")
+    wanted = export_wanted(session, stage_facts(session, "evaluate"), stage_facts(session, "prune"), texts)
     facts: dict[str, Any] = session.engine.task(
-        export_task, session.context, state, destination, dtype, layout, card, name="export"
+        export_task, session.context, pruned_state(session), destination, *wanted, name="export"
     )
     return facts
 
 
 def benchmark(session: Session, *, if_changed: bool = True) -> None:
     """Measures the export beside the dense model, or takes the figures of the same on the same machine."""
-    _require_same_parameters(session)
+    require_same_parameters(session)
     facts = measure_export(session, if_changed=if_changed)
     _finish(session, "benchmark", {}, facts)
     write_json(session.workspace.benchmark, facts["figures"])
@@ -154,7 +142,7 @@ def benchmark_again(session: Session) -> None:
 
 def report(session: Session) -> None:
     """Continues the prompt with both models."""
-    _require_same_parameters(session)
+    require_same_parameters(session)
     settings = session.params.report
     samples: dict[str, Reference] = {
         name: session.engine.task(
@@ -189,23 +177,38 @@ def run_stage(session: Session, name: str, body: Callable[[], None] | None = Non
         name: of the stage.
         body: what it does, where it is not what the stage always does.
     """
+    if name == "prune":
+        session.healed(lambda: require_fits(session, outline_run(session, whole=False).needs))
+    _run_stage(session, name, body)
+
+
+def _run_stage(session: Session, name: str, body: Callable[[], None] | None = None) -> None:
     session.register()
     repair = partial(prune_stage, session) if name in _READERS_OF_PRUNED else lambda: None
     session.stage(name, body or partial(_BODIES[name], session), repair)
     write_timing(session, name)
 
 
-def run_all(session: Session) -> dict[str, Any]:
-    """Runs all stages as one flow with a sub-flow each; returns the results, as in `data/metrics/run.json`."""
+def check_run(session: Session) -> None:
+    """Refuses a run that would end badly, beyond what `Session.check` finds.
+
+    Raises:
+        InputError: the model cannot be pruned, or what is at the place of the export is not one.
+    """
     require_destination(session.workspace.export, is_own=True, overwrite=False, quick=True)
     check_prunable(session)
 
+
+def run_all(session: Session) -> dict[str, Any]:
+    """Runs all stages as one flow with a sub-flow each; returns the results, as in `data/metrics/run.json`."""
+    check_run(session)
+    session.healed(partial(_announce, session))
+
     def body() -> dict[str, Any]:
         for name in STAGES:
-            run_stage(session, name)
+            _run_stage(session, name)
             if name == "calibrate":
-                session.engine.observer.plan(WorkPlan.of(session))
-                session.healed(partial(require_possible, session))
+                session.healed(partial(require_goal, session))
         return write_results(session)
 
     return session.engine.stage("run", body)
@@ -219,8 +222,19 @@ def write_results(session: Session) -> dict[str, Any]:
     return session.healed(partial(_write_results, session), partial(prune_stage, session))
 
 
+def _announce(session: Session) -> None:
+    """Refuses a run that memory or disk are too small for, and says what it will take."""
+    outline = outline_run(session)
+    require_fits(session, outline.needs)
+    if session.engine.observer.is_shown:
+        rates, is_measured = rates_at_hand(session)
+        plan = outline.timed(rates)
+        session.say(plan_line(plan, is_measured=is_measured))
+        session.engine.observer.plan(plan.task_seconds)
+
+
 def _write_results(session: Session) -> dict[str, Any]:
-    facts = {name: _stage_facts(session, name) for name in STAGES if name not in ("model", "benchmark")}
+    facts: dict[str, Any] = {n: stage_facts(session, n) for n in STAGES if n not in ("model", "benchmark")}
     facts["benchmark"] = current_benchmark(session)
     # A stage that DVC took from its cache never ran here, as in an experiment or a new clone.
     timings = {name: found for name in STAGES if (found := read_json(session.workspace.timing_file(name)))}
@@ -237,7 +251,7 @@ def pruned_state(session: Session) -> ModelState:
     Raises:
         InputError: if the prune stage has not run, or ran on another model.
     """
-    facts = _stage_facts(session, "prune")
+    facts = stage_facts(session, "prune")
     updates, source = facts["updates"], facts["parameters"]["model"]["source"]
     if facts["model_digest"] != session.checkpoint.digest:
         raise InputError(
@@ -255,56 +269,9 @@ def dense_evaluation(session: Session) -> Reference:
     return reference
 
 
-def _shot_facts(shot: Shot) -> dict[str, Any]:
-    names = ("threshold", "n_removed", "kept", "predicted_cost", "sparsity", "convergence")
-    return {
-        "shot": shot.number,
-        "target": shot.target,
-        **{name: shot.record[name] for name in names},
-        "perplexity": shot.evaluation.attributes["perplexity"],
-        "loss": shot.evaluation.attributes["loss"],
-    }
-
-
-def _result_parameters(session: Session) -> dict[str, Any]:
-    """Parameters that a pruned model is the result of."""
-    given = session.params.model_dump(mode="json", include={"seed", "model", "calibrate", "evaluate"})
-    return {**given, "prune": session.params.prune.resolved()}
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted name → value, for all leaves."""
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        leaves |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return leaves
-
-
-def _require_same_parameters(session: Session) -> None:
-    """Refuses to describe the last pruned model with parameters it was not made with."""
-    made, now = _flatten(_stage_facts(session, "prune")["parameters"]), _flatten(_result_parameters(session))
-    changed = [f"{name} {made.get(name)!r}, now {now[name]!r}" for name in now if made.get(name) != now[name]]
-    if changed:
-        raise InputError(
-            f"the last prune stage ran with other parameters ({'; '.join(changed)}): run `surgeon prune` first, or "
-            "give the same -S options"
-        )
-
-
 def _manifest(session: Session) -> dict[str, Reference]:
     found = read_json(session.workspace.manifest) or {}
     return {name: Reference.from_json(value) for name, value in found.items()}
-
-
-def _stage_facts(session: Session, name: str) -> dict[str, Any]:
-    found = read_json(session.workspace.stage_file(name))
-    if found is None:
-        raise InputError(
-            f"{session.workspace.stage_file(name)} is missing: the stage {name!r} has not run here yet. "
-            f"Run `surgeon {name}` first, or `surgeon run` for everything."
-        )
-    facts: dict[str, Any] = found["facts"]
-    return facts
 
 
 def _finish(session: Session, name: str, references: dict[str, Reference], facts: dict[str, Any]) -> None:

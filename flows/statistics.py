@@ -10,7 +10,7 @@ from typing import Any
 from flows.session import Session
 from surgeon.curvature.spec import CurvatureSpec, Statistic
 from surgeon.passes.targets import EMPIRICAL, TokenTargets
-from surgeon.store import Reference, Store
+from surgeon.store import Reference
 from tasks.context import Context, ModelState
 from tasks.curvature import (
     FIRST_LEVEL,
@@ -54,7 +54,7 @@ class BlockStatistics:
     ) -> None:
         self.session = session
         self.context: Context = session.context
-        self.store = Store(session.context.store)
+        self.store = session.store
         self.measured = Measured(state, calibration, spec, label, linears)
         self.label = label
         self.wanted: tuple[Statistic, ...] = spec.statistics + ((Statistic.LOSS_GRADIENT,) if loss_gradient else ())
@@ -65,13 +65,13 @@ class BlockStatistics:
 
     def lookup(self, block: int) -> dict[Statistic, Reference] | None:
         """References of all wanted statistics of a block, dropped or not; None if one was never computed."""
-        found = {s: find_statistic(self.context, self.measured, s, block) for s in self.wanted}
+        found = {s: find_statistic(self.context, self.measured, s, block, self.store) for s in self.wanted}
         references = {statistic: reference for statistic, reference in found.items() if reference is not None}
         return references if len(references) == len(found) else None
 
     def references(self, block: int) -> dict[str, Reference]:
         """References by readable name, with what the wanted statistics were computed from."""
-        found = {s: find_statistic(self.context, self.measured, s, block) for s in self._made}
+        found = {s: find_statistic(self.context, self.measured, s, block, self.store) for s in self._made}
         return {f"{self.label}/block-{block:02d}/{s.value}": ref for s, ref in found.items() if ref is not None}
 
     def passed_on(self) -> list[Reference]:
@@ -178,7 +178,7 @@ class BlockStatistics:
         self._task(boundary_task, self.measured, group, name=f"{self.label}/block-{group.stop:02d}/boundary")
 
     def _has(self, statistic: Statistic, block: int) -> bool:
-        request = statistic_request(self.context, self.measured, statistic, block)
+        request = statistic_request(self.context, self.measured, statistic, block, self.store)
         return request is not None and self._readable(request)
 
     def _readable(self, request: Request) -> bool:

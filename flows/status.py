@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from flows.prune import shot_target
+from flows.schedule import shot_target
 from flows.session import Session
 from flows.shot import ShotRun, shot_label
-from surgeon.store import Reference, Store
+from surgeon.store import Reference
 from tasks.calibration import sequences_request, windows_request
 from tasks.context import ModelState
 from tasks.evaluation import evaluation_request
@@ -18,7 +18,7 @@ def status_of(session: Session) -> list[dict[str, Any]]:
     What comes after a missing result depends on it, so from there on everything counts as to be run.
     """
     context = session.context
-    store = Store(context.store)
+    store = session.store
 
     def look(stage: str, request: Request | None, action: str) -> Reference | None:
         found = store.lookup(request.key(context)) if request is not None else None

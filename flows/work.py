@@ -1,101 +1,297 @@
-"""How much work each task of a run is, to say how much time is left.
+"""The work of each task of a run, from the shapes of the model and the parameters; `surgeon/planning` has the counts.
 
-Units are multiply-adds; a float64 one counts double. Only ratios matter: the rate is measured while running.
+docs/planning.md says what is counted and what is not.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
-from surgeon.choices import UpdateRule
+from flows.dry_run import Step
+from flows.live import LiveShare
+from flows.session import Session
+from flows.work_after import benchmark_work, block_shapes, export_work, n_windows, token_work
 from surgeon.curvature.spec import Statistic
+from surgeon.planning.passes import (
+    BlockShape,
+    backward_work,
+    forward_work,
+    gram_work,
+    head_backward_work,
+    head_work,
+)
+from surgeon.planning.solves import cost_work, update_work
+from surgeon.planning.work import NOTHING, Work
+from surgeon.pruning.granularity import is_structured
+from tasks.benchmark import benchmark_task
+from tasks.block_times import block_times_task
+from tasks.calibration import sequences_task, windows_task
+from tasks.context import LinearShape, ModelState
+from tasks.correction import correction_task
+from tasks.costs import BlockWork, cost_task
+from tasks.curvature import Measured
+from tasks.evaluation import evaluation_task, sample_task
+from tasks.export import export_task
+from tasks.mask import mask_task
+from tasks.measuring import GroupWork, boundary_task, curvature_task
+from tasks.refining import kronecker_terms_task, moments_task
+from tasks.sizes import ARRAY_BYTES, OBJECT_BYTES, array_bytes, n_arrays, shared_inputs
+from tasks.spectra import SPECTRA, SpectrumWork, spectrum_task
+from tasks.update import Removal, update_task
 
-if TYPE_CHECKING:
-    from flows.session import Session
-
-_FLOAT64 = 2.0
-_COST_CUBES = 1.5
-"""A Cholesky factorisation (1/3 n³), an inverse (2/3 n³) and the products with the weight, in n³."""
-_UPDATE_CUBES = 1.5
-"""Two factorisations (2/3 n³), solves and products, in n³."""
-_FACTORS = 0.65
-"""Part of a full product that a triangular one takes (measured)."""
+_TOKENIZER_S = 0.3
+"""Loading a tokenizer."""
+_TEXT_S = 0.4
+_TOKEN_S = 5e-6
+"""Seconds for each token of the vocabulary, of which a digest is taken."""
+_MASK_S = 0.05
+_MASK_ARRAYS = 3
+_OPENS = 3
+"""How often the pruned linears of a block are opened where their live sets are read as well."""
+_UNPACKED = 4
+"""Bytes moved to unpack a byte of a triangle: both halves of the matrix."""
+_OBSERVED = 16
+"""Bytes moved for each number that an observer sees: checked for being finite, and summed."""
+_BLOCK_TIMES_S = 20.0
+_VALUES_ALONE = 0.3
+"""Part of a whole eigendecomposition that eigenvalues without vectors take."""
+_SELECTION_READS = 3
+"""How often costs of single weights are read to find a threshold."""
+_SELECTION_COPIES = 60
+"""Bytes moved for each byte of them: counted into bins, compared, sorted (measured)."""
 
 
 @dataclass(frozen=True)
-class WorkPlan:
-    """Work of a whole run, by kind of task.
+class WorkModel:
+    """Work by task.
 
-    Attributes:
-        curvature: of all groups of one shot.
-        refining: of all groups of one shot, for what is computed from K-FAC's factors.
-        costs: of one block.
-        update: of one block.
-        evaluation: of one evaluation.
-        sample: of one continuation.
-        groups: curvature tasks a shot.
-        blocks: blocks of the model.
-        shots: number of shots.
+    Args:
+        session: parameters and model.
     """
 
-    curvature: float
-    refining: float
-    costs: float
-    update: float
-    evaluation: float
-    sample: float
-    groups: int
-    blocks: int
-    shots: int
+    session: Session
+    _live: dict[str, LiveShare] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, session: "Session") -> "WorkPlan":
-        """Work of a session's run."""
-        params, model = session.params, session.model
-        n_calibration = params.calibrate.sequences * params.calibrate.length
-        n_evaluation = session.windows.attributes["n_windows"] * params.evaluate.length
-        per_token = model.n_weights + model.width * model.n_vocabulary
-        names = session.measured_linears
-        measured = [s for block in model.blocks for s in block if names is None or s.name in names]
-        squares = sum(s.n_out**2 + s.n_in**2 for s in measured)
-        cubes = sum(s.n_out**3 + s.n_in**3 for s in measured) / model.n_blocks
-        cross = 2.0 * sum((s.n_out + s.n_in) * s.n_weights for s in measured) / model.n_blocks
-        recipe = session.recipe
-        refining = 0.0
-        if Statistic.MOMENTS in recipe.curvature.statistics:
-            refining = n_calibration * (2 * per_token + squares + model.n_weights)
-        if Statistic.KRONECKER_TERMS in recipe.curvature.statistics:
-            refining = (
-                recipe.curvature.iterations * n_calibration * (2 * per_token + 3 * recipe.curvature.rank * squares)
-            )
-        recomputed = 0 if len(session.context.groups) == 1 else 1
-        return cls(
-            curvature=n_calibration * ((2 + recomputed) * per_token + _FACTORS * squares),
-            refining=refining,
-            costs=_FLOAT64 * _COST_CUBES * cubes if recipe.update.rule is not UpdateRule.SEQUENTIAL else 0.0,
-            update=recipe.update.max_iterations * cross / 2 or _FLOAT64 * _UPDATE_CUBES * cubes,
-            evaluation=n_evaluation * per_token,
-            sample=per_token * params.report.new_tokens * 4.0,
-            groups=len(session.context.groups),
-            blocks=model.n_blocks,
-            shots=params.prune.shots,
-        )
+    def of(self, step: Step) -> Work:
+        """Work of one task, and of storing what it gives."""
+        bodies: dict[Callable[..., Any], Callable[..., Work]] = {
+            sequences_task: self._text,
+            windows_task: self._text,
+            block_times_task: lambda *_: Work.of(seconds=_BLOCK_TIMES_S),
+            boundary_task: self._boundary,
+            curvature_task: self._curvature,
+            moments_task: self._moments,
+            kronecker_terms_task: self._terms,
+            cost_task: self._costs,
+            mask_task: self._mask,
+            update_task: self._update,
+            correction_task: self._correction,
+            evaluation_task: self._evaluation,
+            sample_task: self._sample,
+            spectrum_task: self._spectra,
+            export_task: lambda _state: self._export(),
+            benchmark_task: lambda _state: benchmark_work(self.session),
+        }
+        return bodies[step.body](*step.arguments)
 
-    def units(self, task: str) -> float:
-        """Work of one task, by the last part of its name."""
-        kind = task.rsplit("/", 1)[-1]
-        return {
-            "curvature": self.curvature / self.groups,
-            "moments": self.refining / self.groups,
-            "kronecker-terms": self.refining / self.groups,
-            "costs": self.costs,
-            "update": self.update,
-            "evaluation": self.evaluation,
-            "sample": self.sample,
-            "export": self.sample,
-        }.get(kind, 0.0)
+    def _text(self, *_: Any) -> Work:
+        return Work.of(seconds=_TEXT_S + _TOKEN_S * self.session.model.n_vocabulary)
+
+    @cached_property
+    def blocks(self) -> tuple[BlockShape, ...]:
+        """What a token costs in each block."""
+        return block_shapes(self.session)
+
+    @cached_property
+    def _n_head(self) -> int:
+        return self.session.model.width * self.session.model.n_vocabulary
 
     @property
-    def total(self) -> float:
-        """Work of the whole run."""
-        shot = self.curvature + self.refining + self.blocks * (self.costs + self.update) + self.evaluation
-        return self.shots * shot + self.evaluation + 3 * self.sample
+    def _itemsize(self) -> int:
+        return self.session.model.torch_dtype.itemsize
+
+    @property
+    def _calibration(self) -> tuple[int, int]:
+        given = self.session.params.calibrate
+        return given.sequences * given.length, given.length
+
+    def _shapes(self, block: int, *, measured: bool = False) -> list[LinearShape]:
+        names = self.session.measured_linears if measured else None
+        return [s for s in self.session.model.blocks[block] if names is None or s.name in names]
+
+    def _weights(self, blocks: Sequence[int]) -> int:
+        return sum(s.n_weights for b in blocks for s in self.session.model.blocks[b])
+
+    def _loaded(self, state: ModelState, blocks: Sequence[int], opens: int = 1) -> Work:
+        """Blocks brought into memory: from the checkpoint, or from the store."""
+        n = self._weights(blocks)
+        return self._read(blocks, opens) if state.updates else Work.of(loads=n * self._itemsize)
+
+    def _read(self, blocks: Sequence[int], opens: int) -> Work:
+        """Pruned linears of some blocks read from the store."""
+        n = self._weights(blocks)
+        return Work.of(reads=4 * n, copies=2 * n * self._itemsize) + opens * self._opened("update", blocks)
+
+    def _opened(self, kind: str, blocks: Sequence[int]) -> Work:
+        """Results of some blocks opened once; all arrays of one are checked."""
+        model, recipe, names = self.session.model, self.session.recipe, self.session.measured_linears
+        return Work.of(opened=sum(n_arrays(model, kind, block, recipe, names) for block in blocks))
+
+    def _shot(self, label: str) -> LiveShare:
+        return self._live.setdefault(label, LiveShare(self.session, int(label.removeprefix("shot-"))))
+
+    def _bytes(self, kind: str, block: int) -> int:
+        tokens, _ = self._calibration
+        session = self.session
+        return array_bytes(session.model, kind, block, session.recipe, session.measured_linears, tokens)
+
+    def _stored(self, kind: str, block: int) -> Work:
+        """Writing one result of a block: its bytes, its arrays, and as much as one more for the object itself."""
+        session = self.session
+        number = n_arrays(session.model, kind, block, session.recipe, session.measured_linears)
+        return Work.of(writes=self._bytes(kind, block), arrays=number + 1)
+
+    def object_bytes(self, kind: str, block: int) -> int:
+        """Bytes on the disk of a result of a block."""
+        session = self.session
+        number = n_arrays(session.model, kind, block, session.recipe, session.measured_linears)
+        return OBJECT_BYTES + number * ARRAY_BYTES + self._bytes(kind, block)
+
+    def _passing(self, measured: Measured, group: range, *, backward: bool, draws: int) -> Work:
+        """A pass through one group of blocks."""
+        tokens, length = self._calibration
+        blocks = [self.blocks[b] for b in group]
+        last = group.stop == len(self.blocks)
+        work = self._loaded(measured.state, group) + forward_work(blocks, tokens, length)
+        if backward:
+            work += draws * backward_work(blocks, tokens, length)
+        if backward and last:
+            work += head_work(self._n_head, tokens) + draws * head_backward_work(self._n_head, tokens)
+        handed = (group.start > 0) + (backward and not last) * draws
+        return work + Work.of(reads=4 * handed * tokens * self.session.model.width)
+
+    def _boundary(self, measured: Measured, group: range) -> Work:
+        tokens, _ = self._calibration
+        work = Work.of(openings=1) + self._passing(measured, group, backward=False, draws=0)
+        return work + Work.of(writes=4 * tokens * self.session.model.width, arrays=1)
+
+    def _curvature(self, measured: Measured, work: GroupWork) -> Work:
+        tokens, _ = self._calibration
+        draws = work.targets.draws
+        total = Work.of(openings=1)
+        total += self._passing(measured, work.group, backward=work.needs_gradient, draws=draws)
+        for block in work.blocks:
+            shapes = self._shapes(block, measured=True)
+            inputs = shared_inputs(self.session.model, block, self.session.measured_linears)
+            total += Work.of(copies=_OBSERVED * tokens * sum(s.n_out + s.n_in for s in shapes))
+            for statistic in work.statistics:
+                if statistic is Statistic.INPUT_FACTORS:
+                    total += gram_work([s.n_in + s.has_bias for s in inputs], tokens)
+                elif statistic is Statistic.OUTPUT_FACTORS:
+                    total += gram_work([s.n_out for s in shapes], draws * tokens)
+                else:
+                    total += Work.of(products=sum(s.n_weights for s in shapes) * draws * tokens)
+                total += self._stored(statistic.value, block)
+        if work.hand_down:
+            total += Work.of(writes=4 * draws * tokens * self.session.model.width, arrays=1)
+        return total
+
+    def _moments(self, measured: Measured, work: GroupWork) -> Work:
+        tokens, _ = self._calibration
+        total = Work.of(openings=1) + self._passing(measured, work.group, backward=True, draws=work.targets.draws)
+        for block in work.blocks:
+            shapes = self._shapes(block, measured=True)
+            squares = sum(s.n_out**2 + s.n_in**2 for s in shapes)
+            total += Work.of(
+                eigen=sum(s.n_out**3 + s.n_in**3 for s in shapes),
+                reads=2 * squares,
+                products=work.targets.draws * tokens * (squares + sum(s.n_weights for s in shapes)),
+            )
+            total += self._stored(Statistic.MOMENTS.value, block)
+        return total
+
+    def _terms(self, measured: Measured, work: GroupWork) -> Work:
+        tokens, _ = self._calibration
+        spec = measured.spec
+        passing = self._passing(measured, work.group, backward=True, draws=work.targets.draws)
+        total = Work.of(openings=1) + spec.iterations * passing
+        for block in work.blocks:
+            shapes = self._shapes(block, measured=True)
+            squares = sum(s.n_out**2 + s.n_in**2 for s in shapes)
+            each = 3 * spec.rank * squares * work.targets.draws * tokens
+            total += Work.of(products=spec.iterations * each, reads=2 * squares)
+            total += self._stored(Statistic.KRONECKER_TERMS.value, block)
+        return total
+
+    def _costs(self, work: BlockWork) -> Work:
+        live = self._shot(work.label)
+        total = self._loaded(work.state, [work.block], _OPENS) + self._factors_read(work.block)
+        for shape in self._shapes(work.block, measured=True):
+            total += cost_work(self.session.recipe, live.solved(work.block, shape))
+        return total + self._stored("costs", work.block)
+
+    def _factors_read(self, block: int) -> Work:
+        kinds = self.session.recipe.curvature.statistics
+        work = NOTHING
+        for kind in kinds:
+            n_bytes = self._bytes(kind.value, block)
+            work += Work.of(reads=n_bytes, copies=_UNPACKED * n_bytes) + self._opened(kind.value, [block])
+        return work
+
+    def _mask(self, *_: Any) -> Work:
+        total = Work.of(seconds=_MASK_S) + self._opened("costs", range(len(self.blocks)))
+        if not is_structured(self.session.recipe.granularity):
+            n_bytes = self.session.model.update_bytes
+            total += Work.of(reads=_SELECTION_READS * n_bytes, copies=_SELECTION_COPIES * n_bytes)
+        return total
+
+    def _update(self, work: BlockWork, removal: Removal) -> Work:
+        n_masks = 0 if removal.mask is None else _MASK_ARRAYS
+        live = self._shot(work.label)
+        total = self._loaded(work.state, [work.block], _OPENS) + Work.of(opened=n_masks)
+        changed = [s for s in self._shapes(work.block, measured=True) if live.is_changed(work.block, s)]
+        if changed:
+            total += self._factors_read(work.block)
+        for shape in changed:
+            total += update_work(self.session.recipe, live.solved(work.block, shape))
+        return total + self._stored("update", work.block)
+
+    def _correction(self, state: ModelState, *_: Any) -> Work:
+        tokens, length = self._calibration
+        given = self.session.params.prune.adapters
+        seen = given.fraction * tokens
+        every = range(len(self.blocks))
+        once = forward_work(self.blocks, seen, length) + head_work(self._n_head, seen)
+        back = backward_work(self.blocks, seen, length) + head_backward_work(self._n_head, seen)
+        total = Work.of(openings=1) + 4 * self._loaded(state, every) + (2 + given.epochs) * once + given.epochs * back
+        for block in every:
+            total += self._stored("correction", block)
+        return total
+
+    def _evaluation(self, state: ModelState, *_: Any) -> Work:
+        given = self.session.params.evaluate
+        tokens = n_windows(self.session) * given.length
+        every = range(len(self.blocks))
+        loads = 1 if len(self.session.context.groups) == 1 else 2
+        total = Work.of(openings=1, copies=4 * self.session.model.n_parameters) + loads * self._loaded(state, every)
+        return total + forward_work(self.blocks, tokens, given.length) + head_work(self._n_head, tokens)
+
+    def _sample(self, state: ModelState, *_: Any) -> Work:
+        n_tokens = self.session.params.report.new_tokens
+        total = Work.of(openings=1, seconds=_TOKENIZER_S) + self._loaded(state, range(len(self.blocks)))
+        return total + n_tokens * token_work(self.session, 1.0, 1)
+
+    def _spectra(self, _store: Path, work: SpectrumWork) -> Work:
+        sides = [
+            s.n_in + s.has_bias for s in shared_inputs(self.session.model, work.block, self.session.measured_linears)
+        ]
+        if Statistic.OUTPUT_FACTORS in work.factors:
+            sides += [s.n_out for s in self._shapes(work.block, measured=True)]
+        total = self._factors_read(work.block) + Work.of(eigen=_VALUES_ALONE * sum(side**3 for side in sides))
+        return total + self._stored(SPECTRA.kind, work.block)
+
+    def _export(self) -> Work:
+        """Reading all updates twice (to write, and for the logits to compare with), writing, loading back elsewhere."""
+        return 2 * self._read(range(len(self.blocks)), _OPENS) + export_work(self.session)

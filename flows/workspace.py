@@ -75,6 +75,10 @@ class Workspace:
         """The page about the run, for people."""
         return self.data / "report" / "index.html"
 
+    def machine(self) -> Path:
+        """How fast this machine is, as measured for `surgeon plan`."""
+        return self.data / "machine.json"
+
     @property
     def comparison(self) -> Path:
         """Tables and plots of `surgeon compare`."""

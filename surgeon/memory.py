@@ -1,4 +1,4 @@
-"""How much memory a curvature pass takes, and how many blocks fit at a time."""
+"""How much memory a curvature pass and what follows it take, and how many blocks fit at a time."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,8 +9,14 @@ _GIB = 2**30
 _FLOAT32 = 4
 _HEAD_COPIES = 4
 """Logits of a batch exist about this often in float32: as computed, log-softmax, and the gradients of both."""
-_ACTIVATION_COPIES = 3
-"""Inputs and outputs of a linear are saved for backward about this often (norms, activation functions, residuals)."""
+_ACTIVATION_COPIES = 1.1
+"""What is held until the backward pass, over inputs and outputs of all linears (measured: 0.7 to 1.25 by family)."""
+_EVALUATION_HEAD_COPIES = 3
+"""Logits of a batch without gradients: as computed, in float32, and their log-softmax."""
+_FLOAT64 = 8
+_SOLVE_COPIES = 12
+"""Matrices of the size of the largest factor, in float64, that costs and updates hold: the factor, damped, its Cholesky
+factor, the inverse before and after a step, and what is cut out of them (measured)."""
 
 _BOUNDARY_ARRAYS = 3
 """Hidden states entering a group, the gradient from above and the gradient it hands down are held for all sequences."""
@@ -32,6 +38,12 @@ class MemoryEstimate:
         """Sum of all parts, in GiB."""
         return (self.trunk + self.weights + self.factors + self.activations + self.head + self.boundaries) / _GIB
 
+    @property
+    def evaluation_gib(self) -> float:
+        """The same for an evaluation, which forms no factors and keeps nothing for a backward pass, in GiB."""
+        head = self.head * _EVALUATION_HEAD_COPIES // _HEAD_COPIES
+        return (self.trunk + self.weights + head + self.boundaries) / _GIB
+
     @classmethod
     def of(
         cls,
@@ -43,23 +55,28 @@ class MemoryEstimate:
         blocks_per_group: int,
         pass_tokens: int = 0,
         factor_copies: int = 1,
+        measured: Sequence[Sequence[tuple[int, int]]] | None = None,
+        n_trunk: int | None = None,
     ) -> "MemoryEstimate":
         """Estimates from shapes.
 
         Args:
             blocks: for each block, `(n_out, n_in)` of its linears.
             width: of the hidden states.
-            n_vocabulary: rows of the embedding and of the head (both counted: an untied head is held as well).
+            n_vocabulary: rows of the embedding and of the head.
             batch_tokens: tokens of a batch.
             dtype_bytes: bytes of a weight.
             blocks_per_group: blocks held at a time.
             pass_tokens: tokens of all sequences of a pass, whose hidden states and gradients groups hand to each other.
             factor_copies: matrices of the size of each factor that are held at once.
+            measured: as `blocks`, the linears whose factors are formed; None for all.
+            n_trunk: parameters outside the blocks; None counts an embedding and a head.
         """
-        largest = sorted((_block_bytes(block, dtype_bytes, batch_tokens) for block in blocks), reverse=True)
+        pairs = zip(blocks, blocks if measured is None else measured, strict=True)
+        largest = sorted((_block_bytes(*pair, dtype_bytes, batch_tokens) for pair in pairs), reverse=True)
         held = largest[:blocks_per_group]
         return cls(
-            trunk=2 * n_vocabulary * width * dtype_bytes,
+            trunk=(2 * n_vocabulary * width if n_trunk is None else n_trunk) * dtype_bytes,
             weights=sum(block[0] for block in held),
             factors=factor_copies * sum(block[1] for block in held),
             activations=sum(block[2] for block in held),
@@ -68,11 +85,25 @@ class MemoryEstimate:
         )
 
 
-def _block_bytes(block: Sequence[tuple[int, int]], dtype_bytes: int, batch_tokens: int) -> tuple[int, int, int]:
+def _block_bytes(
+    block: Sequence[tuple[int, int]], measured: Sequence[tuple[int, int]], dtype_bytes: int, batch_tokens: int
+) -> tuple[int, int, int]:
     weights = sum(n_out * n_in for n_out, n_in in block) * dtype_bytes
-    factors = sum(n_out * n_out + n_in * n_in for n_out, n_in in block) * _FLOAT32
-    activations = _ACTIVATION_COPIES * batch_tokens * sum(n_out + n_in for n_out, n_in in block) * dtype_bytes
+    factors = sum(n_out * n_out + n_in * n_in for n_out, n_in in measured) * _FLOAT32
+    activations = round(_ACTIVATION_COPIES * batch_tokens * sum(n_out + n_in for n_out, n_in in block) * dtype_bytes)
     return weights, factors, activations
+
+
+def solve_gib(block: Sequence[tuple[int, int]], measured: Sequence[tuple[int, int]]) -> float:
+    """What costs or updates of one block hold at their peak, GiB: its weights twice, and one linear being solved.
+
+    Args:
+        block: `(n_out, n_in)` of its linears.
+        measured: likewise, those that have factors.
+    """
+    weights = sum(n_out * n_in for n_out, n_in in block) * _FLOAT32
+    solved = max((_SOLVE_COPIES * max(pair) ** 2 + 4 * pair[0] * pair[1] for pair in measured), default=0) * _FLOAT64
+    return (2 * weights + solved) / _GIB
 
 
 def blocks_that_fit(estimate: Callable[[int], MemoryEstimate], n_blocks: int, budget_gib: float) -> int:

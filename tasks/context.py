@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from surgeon.curvature.spec import CurvatureSpec, Statistic
 from surgeon.models import BlockCouplings, Checkpoint, build_skeleton, count_parameters, discover
 from surgeon.passes.groups import block_groups
 from surgeon.store import Reference
@@ -69,24 +68,9 @@ class ModelSpec:
         """Weights of all decoder linears: what sparsity is a fraction of."""
         return sum(linear.n_weights for block in self.blocks for linear in block)
 
-    def statistic_bytes(self, spec: CurvatureSpec, linears: Collection[str] | None = None) -> int:
-        """Bytes of all statistics of a curvature as they are stored, an input counted for each of its readers.
-
-        Args:
-            spec: the curvature.
-            linears: names of those that are measured; None for all.
-        """
-        shapes = [shape for block in self.blocks for shape in block if linears is None or shape.name in linears]
-        weight_bytes = 4 * sum(shape.n_weights for shape in shapes)
-        squares = 4 * sum(s.n_out**2 + s.n_in**2 for s in shapes)
-        sizes = {
-            Statistic.INPUT_FACTORS: 2 * sum(s.n_in**2 for s in shapes),
-            Statistic.OUTPUT_FACTORS: 2 * sum(s.n_out**2 for s in shapes),
-            Statistic.MOMENTS: squares + weight_bytes,
-            Statistic.KRONECKER_TERMS: spec.rank * squares + squares // 2,
-            Statistic.DIAGONAL: weight_bytes,
-        }
-        return sum(sizes[statistic] for statistic in spec.statistics)
+    def shapes(self, linears: Collection[str] | None = None) -> list[list[tuple[int, int]]]:
+        """For each block, `(n_out, n_in)` of its linears, or of those of these names."""
+        return [[(s.n_out, s.n_in) for s in block if linears is None or s.name in linears] for block in self.blocks]
 
     @property
     def update_bytes(self) -> int:

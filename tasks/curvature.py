@@ -92,8 +92,18 @@ def gradient_request(context: Context, measured: Measured, targets: TokenTargets
     return _request(context, GRADIENT, measured, block, parameters, {})
 
 
-def statistic_request(context: Context, measured: Measured, statistic: Statistic, block: int) -> Request | None:
-    """The request for a statistic of a block; None if what it starts from has never been computed."""
+def statistic_request(
+    context: Context, measured: Measured, statistic: Statistic, block: int, store: Store | None = None
+) -> Request | None:
+    """The request for a statistic of a block; None if what it starts from has never been computed.
+
+    Args:
+        context: where.
+        measured: what statistics are taken of.
+        statistic: which.
+        block: index.
+        store: where to look for what it starts from; None opens that of the context.
+    """
     parameters: dict[str, Any] = {} if measured.linears is None else {"linears": list(measured.linears)}
     if statistic is not Statistic.INPUT_FACTORS:
         parameters |= measured.targets(statistic).parameters
@@ -102,17 +112,19 @@ def statistic_request(context: Context, measured: Measured, statistic: Statistic
     inputs = {}
     if statistic in SECOND_LEVEL:
         for start in STARTING_POINT:
-            reference = find_statistic(context, measured, start, block)
+            reference = find_statistic(context, measured, start, block, store)
             if reference is None:
                 return None
             inputs[start.value] = reference.digest
     return _request(context, STAGES[statistic], measured, block, parameters, inputs)
 
 
-def find_statistic(context: Context, measured: Measured, statistic: Statistic, block: int) -> Reference | None:
+def find_statistic(
+    context: Context, measured: Measured, statistic: Statistic, block: int, store: Store | None = None
+) -> Reference | None:
     """The reference of a statistic that was computed once, whether or not its arrays are still there."""
-    request = statistic_request(context, measured, statistic, block)
-    return None if request is None else Store(context.store).lookup(request.key(context))
+    request = statistic_request(context, measured, statistic, block, store)
+    return None if request is None else (store or Store(context.store)).lookup(request.key(context))
 
 
 def _request(

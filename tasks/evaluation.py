@@ -64,6 +64,11 @@ def evaluation_task(context: Context, state: ModelState, windows: Reference, lab
     return produce(context, evaluation_request(context, state, windows, label), compute)
 
 
+def sample_request(context: Context, state: ModelState, prompt: str, n_tokens: int, label: str) -> Request:  # noqa: ARG001
+    """The request for a greedy continuation."""
+    return Request(SAMPLE, {"prompt": prompt, "n_tokens": n_tokens}, {"weights": state.digest}, f"{label}/sample")
+
+
 def sample_task(context: Context, state: ModelState, prompt: str, n_tokens: int, label: str) -> Outcome[Reference]:
     """Greedy continuation of a prompt; the text is in the reference's attributes."""
 
@@ -74,5 +79,4 @@ def sample_task(context: Context, state: ModelState, prompt: str, n_tokens: int,
             text = continue_prompt(model.model, tokenizer, prompt, n_tokens)
         return Product({}, {"prompt": prompt, "continuation": text})
 
-    request = Request(SAMPLE, {"prompt": prompt, "n_tokens": n_tokens}, {"weights": state.digest}, f"{label}/sample")
-    return produce(context, request, compute)
+    return produce(context, sample_request(context, state, prompt, n_tokens, label), compute)

@@ -30,6 +30,17 @@ _PROBES = ("The quick brown fox jumps over the lazy dog. 0123456789", "Pack my b
 _PROBE_TOKENS = (16, 11)
 
 
+def export_record(state: ModelState, dtype: str, layout: str, card: str) -> dict[str, Any]:
+    """What identifies the export of a state; arguments as those of `export_task`."""
+    return {
+        "version": EXPORT_VERSION,
+        "weights_digest": state.digest,
+        "dtype": dtype,
+        "asked_layout": layout,
+        "card": card,
+    }
+
+
 def export_task(
     context: Context, state: ModelState, destination: Path, dtype: str, layout: str, card: str
 ) -> Outcome[dict[str, Any]]:
@@ -46,13 +57,7 @@ def export_task(
     Returns:
         Facts of the export, with the digest of the weights and the dtype.
     """
-    record = {
-        "version": EXPORT_VERSION,
-        "weights_digest": state.digest,
-        "dtype": dtype,
-        "asked_layout": layout,
-        "card": card,
-    }
+    record = export_record(state, dtype, layout, card)
     identity = {"weights_digest": state.digest, "dtype": dtype}
     if is_exported(destination, record) and (found := read_record(destination)) is not None:
         return Outcome({**identity, **found["facts"]}, cached=True, seconds=0.0)

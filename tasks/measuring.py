@@ -66,8 +66,8 @@ def boundary_task(context: Context, measured: Measured, group: range) -> Outcome
     return produce(context, boundary_request(context, measured, group.stop), compute)
 
 
-def curvature_task(context: Context, measured: Measured, work: GroupWork) -> Outcome[list[Reference]]:
-    """Statistics of the first level of some blocks of a group, and the gradient that leaves it downwards."""
+def curvature_requests(context: Context, measured: Measured, work: GroupWork) -> dict[Place, Request]:
+    """The requests for what one pass through a group gives."""
     requests: dict[Place, Request] = {}
     if work.hand_down:
         start = work.group.start
@@ -77,6 +77,11 @@ def curvature_task(context: Context, measured: Measured, work: GroupWork) -> Out
             request = statistic_request(context, measured, statistic, block)
             assert request is not None, f"{statistic} is not of the first level"
             requests[block, statistic.value] = request
+    return requests
+
+
+def curvature_task(context: Context, measured: Measured, work: GroupWork) -> Outcome[list[Reference]]:
+    """Statistics of the first level of some blocks of a group, and the gradient that leaves it downwards."""
 
     def compute(missing: Collection[Place]) -> dict[Place, Callable[[], Product]]:
         model = open_model(context, measured.state)
@@ -98,6 +103,7 @@ def curvature_task(context: Context, measured: Measured, work: GroupWork) -> Out
             makers[work.group.start, GRADIENT.kind] = partial(Product, {"hidden": below})
         return makers
 
+    requests = curvature_requests(context, measured, work)
     return produce_all(context, requests, group_lock(context, measured, work.group), compute)
 
 

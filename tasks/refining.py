@@ -11,7 +11,7 @@ from surgeon.curvature.nearest import KroneckerObserver, Products, nearest_terms
 from surgeon.curvature.spec import Statistic
 from surgeon.passes.curvature import observed_block
 from surgeon.pruning.live import without_dead
-from surgeon.store import Reference
+from surgeon.store import Reference, Store
 from tasks.context import Context
 from tasks.curvature import STARTING_POINT, Measured, find_statistic, read_statistics, statistic_request
 from tasks.measuring import GroupWork, group_lock, run_pass
@@ -33,7 +33,7 @@ def moments_task(context: Context, measured: Measured, work: GroupWork) -> Outco
         run_pass(context, measured, work, model, {b: [o] for b, o in observers.items()}, what="moments")
         return {block: partial(_moments_product, observer) for block, observer in observers.items()}
 
-    requests = _requests(context, measured, Statistic.MOMENTS, work.blocks)
+    requests = refining_requests(context, measured, Statistic.MOMENTS, work.blocks)
     return produce_all(context, requests, group_lock(context, measured, work.group), compute)
 
 
@@ -66,14 +66,21 @@ def kronecker_terms_task(context: Context, measured: Measured, work: GroupWork) 
             for block in missing
         }
 
-    requests = _requests(context, measured, Statistic.KRONECKER_TERMS, work.blocks)
+    requests = refining_requests(context, measured, Statistic.KRONECKER_TERMS, work.blocks)
     return produce_all(context, requests, group_lock(context, measured, work.group), compute)
 
 
-def _requests(context: Context, measured: Measured, statistic: Statistic, blocks: Sequence[int]) -> dict[int, Request]:
+def refining_requests(
+    context: Context,
+    measured: Measured,
+    statistic: Statistic,
+    blocks: Sequence[int],
+    store: Store | None = None,
+) -> dict[int, Request]:
+    """The requests for a statistic of the second level of some blocks, from what it starts from in a store."""
     requests = {}
     for block in blocks:
-        request = statistic_request(context, measured, statistic, block)
+        request = statistic_request(context, measured, statistic, block, store)
         assert request is not None, f"the factors that {statistic} of block {block} start from are not in the store"
         requests[block] = request
     return requests

@@ -57,7 +57,7 @@ class SpectrumWork:
 
 
 @dataclass(frozen=True)
-class _Here:
+class Here:
     """Eigenvalues come from this processor in float64, whatever made the factors."""
 
     store: Path
@@ -74,9 +74,9 @@ def spectrum_request(work: SpectrumWork) -> Request:
     return Request(SPECTRA, parameters, inputs, f"{work.label}/block-{work.block:02d}/spectra")
 
 
-def find_spectra(store: Path, work: SpectrumWork) -> Reference | None:
+def find_spectra(store: Store, work: SpectrumWork) -> Reference | None:
     """The eigenvalues of a block, if they were computed before; computes nothing."""
-    return Store(store).lookup(spectrum_request(work).key(_Here(store)))
+    return store.lookup(spectrum_request(work).key(Here(store.root)))
 
 
 def spectrum_task(store: Path, work: SpectrumWork) -> Outcome[Reference]:
@@ -88,7 +88,7 @@ def spectrum_task(store: Path, work: SpectrumWork) -> Outcome[Reference]:
     Raises:
         EvictedError: if they have to be computed and the factors were dropped.
     """
-    return produce(_Here(store), spectrum_request(work), lambda: _compute(Store(store), work))
+    return produce(Here(store), spectrum_request(work), lambda: _compute(Store(store), work))
 
 
 def read_spectra(store: Store, reference: Reference) -> dict[str, dict[str, Spectrum]]:

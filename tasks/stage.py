@@ -101,12 +101,14 @@ def readable(store: Store, key: str) -> Reference | None:
     return store.lookup(key) if store.has_payload(key) else None
 
 
-def produce(context: Site, request: Request, compute: Callable[[], Product]) -> Outcome[Reference]:
+def produce(
+    context: Site, request: Request, compute: Callable[[], Product], store: Store | None = None
+) -> Outcome[Reference]:
     """Returns the stored result, or computes and commits it.
 
     Two processes that want the same result do not both compute it: the second waits for the first.
     """
-    outcome = produce_all(context, {None: request}, request.key(context), lambda _missing: {None: compute})
+    outcome = produce_all(context, {None: request}, request.key(context), lambda _missing: {None: compute}, store)
     (reference,) = outcome.value
     return Outcome(reference, outcome.cached, outcome.seconds)
 
@@ -145,6 +147,7 @@ def produce_all(
     requests: Mapping[P, Request],
     lock_key: str,
     compute: Callable[[Collection[P]], dict[P, Callable[[], Product]]],
+    store: Store | None = None,
 ) -> Outcome[list[Reference]]:
     """Several results of one computation: looks up those that are there, computes and commits the others.
 
@@ -154,11 +157,12 @@ def produce_all(
         lock_key: processes that want any of this together do it one after the other.
         compute: given the names of all that is missing, returns how to make each product, which is then done for one
             after the other, so that not all are in memory twice.
+        store: where to; None opens that of the context.
 
     Returns:
         References in the order of the requests.
     """
-    store = Store(context.store)
+    store = store or Store(context.store)
     keys = {name: request.key(context) for name, request in requests.items()}
     found = {name: readable(store, key) for name, key in keys.items()}
     start = time.perf_counter()
@@ -173,14 +177,16 @@ def produce_all(
                 share = (time.perf_counter() - start) / len(missing)
                 for name in missing:
                     begun = time.perf_counter() - share
-                    found[name] = commit(context, requests[name], makers.pop(name)(), begun).value
+                    found[name] = commit(context, requests[name], makers.pop(name)(), begun, store).value
     references = [reference for reference in found.values() if reference is not None]
     return Outcome(references, cached, 0.0 if cached else time.perf_counter() - start)
 
 
-def commit(context: Site, request: Request, product: Product, start: float) -> Outcome[Reference]:
+def commit(
+    context: Site, request: Request, product: Product, start: float, store: Store | None = None
+) -> Outcome[Reference]:
     """Commits a computed result; ``start`` is what `begin` returned before it was computed."""
-    reference = Store(context.store).commit(
+    reference = (store or Store(context.store)).commit(
         request.key(context),
         request.stage.kind,
         product.arrays,

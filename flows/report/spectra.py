@@ -1,37 +1,42 @@
 """Spectra for the report: of a first, a middle and a last block, computed once and then found in the store."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from flows.cost_samples import block_shapes
 from flows.session import Session
 from flows.shot import shot_label
 from flows.spectra import can_be_had, spectrum_work
-from surgeon.store import Reference, Store
+from surgeon.store import Reference
+from tasks.context import LinearShape
 from tasks.spectra import SpectrumWork, spectrum_task
 
 References = Mapping[str, Reference]
 
 
-def spectrum_works(references: References, shots: int) -> list[SpectrumWork]:
+def spectrum_works(
+    references: References, shots: int, blocks: Sequence[tuple[LinearShape, ...]] | None = None
+) -> list[SpectrumWork]:
     """The first, the middle and the last block of the last shot, as far as their curvature has factors.
 
     Args:
         references: of the manifest.
         shots: number of shots.
+        blocks: linears of all blocks; None takes them from the updates.
     """
-    n_blocks = len(block_shapes(references, shot_label(shots)))
-    blocks = sorted({0, n_blocks // 2, n_blocks - 1})
-    return [work for block in blocks if (work := spectrum_work(references, shots, block)) is not None]
+    shapes = block_shapes(references, shot_label(shots)) if blocks is None else blocks
+    looked_at = sorted({0, len(shapes) // 2, len(shapes) - 1})
+    works = [spectrum_work(references, shots, block, shapes[block]) for block in looked_at]
+    return [work for work in works if work is not None]
 
 
 def make_spectra(session: Session, references: References, shots: int) -> dict[str, Reference]:
     """Spectra by readable name: those that are there, and those whose factors are."""
-    store = Store(session.workspace.store)
+    store = session.store
     return {
         (name := f"{work.label}/block-{work.block:02d}/spectra"): session.engine.task(
             spectrum_task, store.root, work, name=name
         )
-        for work in spectrum_works(references, shots)
+        for work in spectrum_works(references, shots, session.model.blocks)
         if can_be_had(store, work)
     }
 

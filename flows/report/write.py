@@ -41,7 +41,7 @@ def read_inputs(
     """What the page is made from, read from the store; computes nothing."""
     store = Store(session.workspace.store)
     shots = len(results["shots"])
-    found = {work.block: find_spectra(store.root, work) for work in spectrum_works(references, shots)}
+    found = {work.block: find_spectra(store, work) for work in spectrum_works(references, shots)}
     return ReportInputs(
         results=results,
         anatomy=read_anatomy(store, references, shots),

@@ -3,6 +3,7 @@
 from surgeon.store.arrays import BFloat16Array, Layout, ReadArray, StorableArray
 from surgeon.store.intake import take_in
 from surgeon.store.keys import SCHEMA, canonical_json, digest_arrays, digest_file, digest_text, stage_key
+from surgeon.store.planned import PlannedStore, is_promised, promised_digest
 from surgeon.store.reading import ArrayInfo, StoredObject
 from surgeon.store.reference import Reference
 from surgeon.store.roots import forget, register, registered
@@ -18,6 +19,7 @@ __all__ = [
     "BFloat16Array",
     "Entry",
     "Layout",
+    "PlannedStore",
     "Presence",
     "ReadArray",
     "Reference",
@@ -33,8 +35,10 @@ __all__ = [
     "digest_file",
     "digest_text",
     "forget",
+    "is_promised",
     "live_users",
     "pack_symmetric",
+    "promised_digest",
     "register",
     "registered",
     "size_of",

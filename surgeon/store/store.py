@@ -2,7 +2,6 @@
 
 import errno
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -20,8 +19,6 @@ from surgeon.store.reading import StoredObject, read_parameters, read_record, re
 from surgeon.store.reference import Reference
 from surgeon.store.root import EVICTED_FILE, is_key, open_root
 from surgeon.store.writing import write_object
-
-_GIB = 1 << 30
 
 
 class Store:
@@ -227,19 +224,6 @@ class Store:
     def frozen(self, key: str) -> AbstractContextManager[None]:
         """Held for a moment while no other process may publish, evict, restore or quarantine an object."""
         return file_lock(self._paths.locks / f"{self._paths.object(key).name}.change.lock")
-
-    def free_space_check(self, needed_bytes: int) -> None:
-        """Checks before long work that its results will fit.
-
-        Raises:
-            StoreError: if less than `needed_bytes` are free.
-        """
-        free = shutil.disk_usage(self.root).free
-        if free < needed_bytes:
-            raise StoreError(
-                f"The store {self.root} needs {needed_bytes / _GIB:.2f} GiB, but only {free / _GIB:.2f} GiB are free. "
-                "Free some space, clean finished runs, or move the store to a larger disk."
-            )
 
     def all_keys(self) -> Iterator[str]:
         """The keys of all objects, evicted ones too, sorted; nothing is read."""

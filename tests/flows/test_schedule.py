@@ -2,7 +2,7 @@
 
 import pytest
 
-from flows.prune import shot_target
+from flows.schedule import shot_target
 
 
 def test_linear_and_ends_at_the_target() -> None:

@@ -31,11 +31,11 @@ def test_parts_by_hand():
         trunk=2 * (7 * 4) * 2,  # embedding and head
         weights=2 * 15 * 2,  # the second block is the larger one
         factors=2 * (25 + 9) * 4,
-        activations=3 * 6 * (2 * 8) * 2,
+        activations=round(1.1 * 6 * (2 * 8) * 2),
         head=4 * (6 * 7) * 4,
         boundaries=3 * (10 * 4) * 4,
     )
-    assert estimate.total_gib * 2**30 == 112 + 60 + 272 + 576 + 672 + 480
+    assert estimate.total_gib * 2**30 == 112 + 60 + 272 + 211 + 672 + 480
 
 
 def test_one_group_hands_nothing_on():
@@ -91,9 +91,9 @@ def test_the_largest_block_has_to_fit():
 def test_a_budget_too_small_for_one_block_is_an_error():
     one_gib = partial(MemoryEstimate.of, [[(8192, 8192)]] * 2, 8192, 1000, 1024, 2)
     message = (
-        r"run.memory_gib: one block at a time needs about 0\.8 GiB and the budget is 0\.2 GiB\. "
+        r"run.memory_gib: one block at a time needs about 0\.7 GiB and the budget is 0\.2 GiB\. "
         r"Lower run.batch_size or calibrate.length, or give more memory\."
     )
-    assert 0.75 < one_gib(1).total_gib < 0.85
+    assert 0.65 < one_gib(1).total_gib < 0.75
     with pytest.raises(ParameterError, match=message):
         blocks_that_fit(one_gib, 2, 0.2)

@@ -2,7 +2,6 @@ import errno
 import json
 import os
 import pickle
-import re
 import shutil
 import signal
 import subprocess
@@ -468,11 +467,6 @@ class TestRaces:
         with pytest.raises(StoreError, match=r"No space left for shot-03/factors .*Free some space"):
             _commit(store)
         assert store.lookup(KEY) is None and _is_left(store) == []
-
-    def test_free_space(self, store):
-        store.free_space_check(1)
-        with pytest.raises(StoreError, match=rf"{re.escape(str(store.root))} needs 1048576\.00 GiB, but only"):
-            store.free_space_check(1 << 50)
 
 
 class TestEviction:

@@ -1,0 +1,246 @@
+"""Memory and disk that a run needs, and what to lower where they are not there."""
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flows.dry_run import DryRun, Step
+from flows.params import EngineName
+from flows.session import Session
+from flows.work import WorkModel
+from flows.work_after import exported_bytes
+from surgeon.correction.adapters import AdapterSettings
+from surgeon.errors import ParameterError, StoreError
+from surgeon.memory import solve_gib
+from tasks.benchmark import benchmark_task
+from tasks.block_times import block_times_task
+from tasks.correction import correction_task
+from tasks.costs import cost_task
+from tasks.evaluation import evaluation_task, sample_task
+from tasks.export import export_task
+from tasks.measuring import curvature_task
+from tasks.refining import kronecker_terms_task, moments_task
+from tasks.update import update_task
+
+GIB = 2**30
+_OWN_GIB = {EngineName.PREFECT: 0.58, EngineName.INLINE: 0.48}
+"""Resident memory of a process that has imported what a run needs (measured)."""
+_CHILD_GIB = 0.36
+"""That of a process with torch and transformers alone (measured)."""
+_KEY_VALUE_COPIES = 2
+"""Keys and values of a batch while a cache grows: before and after a token is added."""
+_PASSES = (curvature_task, moments_task, kronecker_terms_task)
+
+
+@dataclass(frozen=True)
+class MemoryNeeds:
+    """Peak resident memory, GiB.
+
+    Attributes:
+        idle: of the run's own process before it does anything.
+        by_stage: of the run's own process, by row of the plan.
+        children: of the processes it starts, by what for: all that run at the same time together.
+    """
+
+    idle: float
+    by_stage: Mapping[str, float]
+    children: Mapping[str, float]
+
+    @property
+    def own(self) -> float:
+        """The most that the run's own process takes."""
+        return max(self.by_stage.values(), default=self.idle)
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """Room that must be free somewhere.
+
+    Attributes:
+        path: directory on the file system in question.
+        what: for people.
+        n_bytes: most that are taken at any time beyond what is taken now.
+    """
+
+    path: Path
+    what: str
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run needs."""
+
+    memory: MemoryNeeds
+    disk: tuple[DiskNeed, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """For scripts (docs/planning.md)."""
+        return {
+            "memory_gib": {"own": self.memory.own, **self.memory.children},
+            "disk_gib": {need.what: need.n_bytes / GIB for need in self.disk},
+        }
+
+
+def memory_needs(session: Session, steps: Sequence[Step]) -> MemoryNeeds:
+    """The peak of each row of the plan, and of the processes that are started."""
+    by_stage: dict[str, float] = {}
+    children: dict[str, float] = {}
+    needs, export_bytes = _by_body(session), exported_bytes(session)
+    idle = _OWN_GIB[session.params.run.engine]
+    for step in steps:
+        row = step.row
+        by_stage[row] = max(by_stage.get(row, 0.0), idle + needs.get(step.body, lambda: 0.0)())
+        if step.body is export_task:
+            children["load back"] = _CHILD_GIB + export_bytes / GIB
+        if step.body is benchmark_task and session.params.benchmark.rounds:
+            children["benchmark"] = _benchmark_gib(session, export_bytes)
+    return MemoryNeeds(idle, by_stage, children)
+
+
+def _by_body(session: Session) -> dict[Any, Callable[[], float]]:
+    estimate = session.memory_estimate(session.context.blocks_per_group)
+    names = session.measured_linears
+    model = session.model
+    whole = model.n_parameters * model.torch_dtype.itemsize / GIB
+    solve = max(
+        (solve_gib(*pair) for pair in zip(model.shapes(), model.shapes(names), strict=True)),
+        default=0.0,
+    )
+    return {
+        **dict.fromkeys(_PASSES, lambda: estimate.total_gib),
+        correction_task: lambda: session.memory_estimate(model.n_blocks).total_gib + _adapters_gib(session),
+        evaluation_task: lambda: estimate.evaluation_gib,
+        cost_task: lambda: solve,
+        update_task: lambda: solve,
+        sample_task: lambda: whole,
+        block_times_task: lambda: estimate.evaluation_gib,
+        export_task: lambda: estimate.trunk / GIB + 3 * estimate.weights / GIB / session.context.blocks_per_group,
+    }
+
+
+def _adapters_gib(session: Session) -> float:
+    """Corrected weights of all linears in float32, a mask of each, and adapters with two moments and a gradient."""
+    model, given = session.model, session.adapters
+    rank = given.rank if isinstance(given, AdapterSettings) else 0
+    sides = sum(s.n_out + s.n_in for block in model.blocks for s in block)
+    return (5 * model.n_weights + 16 * rank * sides) / GIB
+
+
+def _benchmark_gib(session: Session, export_bytes: int) -> float:
+    """Both models in processes of their own, and what the largest batch takes in the dense one."""
+    model, given = session.model, session.params.benchmark
+    itemsize = model.torch_dtype.itemsize
+    largest = max(given.batch_sizes)
+    tokens = largest * (given.prompt + given.new_tokens)
+    keys = 0
+    for block in model.blocks:
+        narrow = sorted(s.n_out for s in block)
+        keys += _KEY_VALUE_COPIES * 2 * narrow[0] if narrow else 0
+    widest = max((s.n_out for block in model.blocks for s in block), default=0)
+    batch = tokens * (keys + 4 * widest) * itemsize + 4 * largest * model.n_vocabulary
+    return 2 * _CHILD_GIB + (model.n_parameters * itemsize + export_bytes + 2 * batch) / GIB
+
+
+def disk_needs(model: WorkModel, dry: DryRun) -> tuple[DiskNeed, ...]:
+    """The most that the store grows at any time of the run, and the export."""
+    store, now, most = dry.store, 0, 0
+    for change in dry.store.changes:
+        block = int(change.label.partition("block-")[2][:2] or 0) if "block-" in change.label else 0
+        size = model.object_bytes(change.kind, block)
+        now += size if change.is_written else -size
+        most = max(most, now)
+    session = model.session
+    needs = [DiskNeed(store.root, "results", most)]
+    if any(step.body is export_task for step in dry.steps):
+        needs.append(DiskNeed(session.workspace.data, "export", exported_bytes(session)))
+    return tuple(needs)
+
+
+def require_memory(session: Session, needs: MemoryNeeds, available_gib: float | None = None) -> None:
+    """Refuses a run that takes more memory than there is.
+
+    Args:
+        session: `run.memory_gib` of its parameters, if given, is the limit of what runs block by block.
+        needs: of the run.
+        available_gib: what is available; None asks the system.
+
+    Raises:
+        ParameterError: naming what needs how much, and what to lower.
+    """
+    given = session.params.run.memory_gib
+    available = _available_gib() if available_gib is None else available_gib
+    here = f"{available:.1f} GiB are available"
+    for stage, need in needs.by_stage.items():
+        bound = given is not None and stage in _ADVICE
+        limit = given if bound and given is not None else available
+        if need - needs.idle > limit:
+            raise ParameterError(
+                f"run.memory_gib: {stage} needs about {_gib(need - needs.idle)} GiB, but "
+                f"{f'the budget is {given:g} GiB' if bound else here}. {_ADVICE.get(stage, _WHOLE)}"
+            )
+    for name, need in needs.children.items():
+        if need > available:
+            raise ParameterError(f"{name} needs about {_gib(need)} GiB, but {here}. {_CHILD_ADVICE[name]}")
+
+
+def _gib(value: float) -> str:
+    return f"{value:.2g}" if value < 100 else f"{value:,.0f}"
+
+
+def _available_gib() -> float:
+    return (psutil.virtual_memory().available + psutil.swap_memory().free) / GIB
+
+
+_SOLVED = "The largest linear of a block is solved as a whole: give more memory."
+_BATCH = "Lower run.batch_size or {}.length, or give more memory."
+_ADVICE = {
+    "evaluate": _BATCH.format("evaluate"),
+    "prune: curvature": _BATCH.format("calibrate"),
+    "prune: costs": _SOLVED,
+    "prune: update": _SOLVED,
+    "prune: evaluation": _BATCH.format("evaluate"),
+}
+_WHOLE = "The whole model is in memory there: use model.dtype=bfloat16 or prune.correction=none, or give more memory."
+_CHILD_ADVICE = {
+    "load back": "The export is loaded whole to be checked: use export.dtype=bfloat16, or give more memory.",
+    "benchmark": "Both models are held at once: lower benchmark.batch_sizes or benchmark.prompt, or leave the "
+    "measurement out with benchmark.rounds=0.",
+}
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes of the file system that a path is or will be on."""
+    return shutil.disk_usage(_existing(path)).free
+
+
+def require_disk(needs: Iterable[DiskNeed], free: Callable[[Path], int] = free_bytes) -> None:
+    """Refuses a run whose results will not fit.
+
+    Args:
+        needs: of the run; those on one file system are added up.
+        free: free bytes of the file system of a path.
+
+    Raises:
+        StoreError: naming path, needed and free space, and what to lower.
+    """
+    by_device: dict[int, list[DiskNeed]] = {}
+    for need in needs:
+        by_device.setdefault(_existing(need.path).stat().st_dev, []).append(need)
+    for group in by_device.values():
+        path = group[0].path
+        needed, there = sum(need.n_bytes for need in group), free(path)
+        if needed > there:
+            parts = ", ".join(f"{need.what} {need.n_bytes / GIB:.2f}" for need in group)
+            raise StoreError(
+                f"{path} needs {needed / GIB:.2f} GiB ({parts}), but only {there / GIB:.2f} GiB are free. Keep less "
+                "(run.keep=none, fewer prune.shots), put the results on a larger disk (run.store), or free some space."
+            )
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())
