@@ -6,7 +6,6 @@ docs/planning.md says what is counted and what is not.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from flows.dry_run import Step
@@ -283,7 +282,7 @@ class WorkModel:
         total = Work.of(openings=1, seconds=_TOKENIZER_S) + self._loaded(state, range(len(self.blocks)))
         return total + n_tokens * token_work(self.session, 1.0, 1)
 
-    def _spectra(self, _store: Path, work: SpectrumWork) -> Work:
+    def _spectra(self, work: SpectrumWork) -> Work:
         sides = [
             s.n_in + s.has_bias for s in shared_inputs(self.session.model, work.block, self.session.measured_linears)
         ]

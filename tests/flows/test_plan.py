@@ -7,6 +7,7 @@ import pytest
 
 from flows.planning import dry_run, outline_run
 from flows.prune import prune
+from flows.report import make_spectra
 from flows.session import Session
 from flows.stages import dense_evaluation
 from flows.work_after import n_windows
@@ -45,7 +46,8 @@ def ran(session: Session) -> list[str]:
     try:
         _ = session.windows
         dense_evaluation(session)
-        prune(session)
+        shots = prune(session)
+        make_spectra(session, {name: ref for shot in shots for name, ref in shot.references.items()}, len(shots))
     except StoppedError:
         pass
     return session.engine.ran
