@@ -76,7 +76,7 @@ def test_in_the_workspace(repository: Repository) -> None:
     assert changes["pruned.sparsity"]["new"] == repository.results()["pruned"]["sparsity"]
     title = "perplexity against sparsity"
     both = json.loads(
-        repository.command("dvc", "plots", "diff", "--show-vega", "--targets", title, "HEAD", "workspace")
+        repository.command("dvc", "plots", "diff", "HEAD", "workspace", "--show-vega", "--targets", title)
     )
     assert {value["rev"] for value in both["data"]["values"]} == {"HEAD", "workspace"}
     shown = json.loads(repository.command("dvc", "plots", "show", "--show-vega", title))
