@@ -75,6 +75,7 @@ class Workspace:
         """The page about the run, for people."""
         return self.data / "report" / "index.html"
 
+    @property
     def machine(self) -> Path:
         """How fast this machine is, as measured for `surgeon plan`."""
         return self.data / "machine.json"
