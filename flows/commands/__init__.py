@@ -1,0 +1,1 @@
+"""The commands of `surgeon`, registered when imported."""
