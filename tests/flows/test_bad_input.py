@@ -182,18 +182,3 @@ def test_an_export_with_index_maps_is_not_pruned_again(again: Project) -> None:
     done = again.surgeon("run", "--quiet", "-S", "model.source=data/export")
     assert done.status == 2
     is_one_message(done, r"data/export is a compact export with index maps.* not pruned again")
-
-
-def test_a_damaged_object_is_named(again: Project) -> None:
-    """A flipped byte in the store is an error with a remedy, never a number."""
-    manifest = again.read("manifest.json")
-    key = manifest["shot-03/block-01/update"]["key"]
-    chunks = (again.objects / key[:2] / key / "mlp.up_proj" / "weight" / "c").rglob("*")
-    chunk = next(path for path in chunks if path.is_file())
-    content = bytearray(chunk.read_bytes())
-    content[5] ^= 1
-    chunk.unlink()
-    chunk.write_bytes(content)
-    done = again.surgeon("run", "--quiet", "-S", "report.prompt=Hello")
-    assert done.status == 1
-    is_one_message(done, rf"(?i){key}.*quarantine")

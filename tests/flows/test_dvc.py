@@ -88,7 +88,7 @@ def test_repro_does_nothing_then_only_what_changed(repository: Repository) -> No
     assert executed == 3 + 9 + 7
     repository.change("prune", "damping", {"activations": 0.05, "gradients": 0.05})
     assert repository.repro() == {"prune", "export", "benchmark", "report"}
-    assert repository.executed()["prune"] == {"costs", "mask", "update", "evaluation"}
+    assert repository.executed()["prune"] == {"costs", "mask", "update", "evaluation", "spectra"}
     assert repository.results()["weights_digest"] != first["weights_digest"]
     changes = json.loads(repository.command("dvc", "metrics", "diff", "--json"))["data/metrics/run.json"]
     assert changes["pruned.perplexity"]["old"] == first["pruned"]["perplexity"]

@@ -144,7 +144,7 @@ def test_eigenvalues_are_computed_once_and_outlive_the_factors(again: Project) -
     store = Store(again.data / "store")
     for reference in list(store.entries()):
         if reference.kind == "spectra":
-            store.quarantine(reference.key)
+            store.evict(reference.key)
     engine = InlineEngine()
     first = inspect_block(workspace(again), engine, 0, None, None)
     assert (engine.tally.executed, engine.tally.cached) == (1, 0)

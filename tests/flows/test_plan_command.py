@@ -35,11 +35,11 @@ def test_a_plan_for_scripts(measured: tuple[Project, Finished]) -> None:
     rows = {stage["stage"]: stage for stage in planned["stages"]}
     assert list(rows) == [
         *("start", "calibrate", "evaluate", "prune: curvature", "prune: costs", "prune: mask", "prune: update"),
-        *("prune: evaluation", "export", "benchmark", "report"),
+        *("prune: evaluation", "prune: spectra", "export", "benchmark", "report"),
     ]
     assert set(rows["export"]) == {"stage", "tasks", "flops", "seconds", "memory_gib", "work"}
     assert rows["prune: costs"]["tasks"] == {"to_run": 9, "found": 0}
-    assert planned["tasks"] == {"to_run": 34, "found": 0, "total": 34}
+    assert planned["tasks"] == {"to_run": 37, "found": 0, "total": 37}
     for name in ("flops", "seconds"):
         assert planned[name] == pytest.approx(sum(stage[name] for stage in planned["stages"]))
         assert all(stage[name] >= 0 for stage in planned["stages"])
@@ -86,7 +86,7 @@ def test_a_run_executes_what_was_planned(measured: tuple[Project, Finished], tmp
 def test_without_a_measurement_a_run_says_that_it_guesses(finished: Project, tmp_path: Path) -> None:
     project = finished.copy(tmp_path / "project")
     ran = project.surgeon("run").ok()
-    assert ran.stderr.startswith("0 tasks to run, 34 found; expected: ")
+    assert ran.stderr.startswith("0 tasks to run, 37 found; expected: ")
     assert "(roughly; `surgeon plan` measures this machine)" in ran.stderr.splitlines()[0]
 
 

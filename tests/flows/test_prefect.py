@@ -65,7 +65,7 @@ def test_tasks_are_recorded(run: tuple[Project, Finished, Finished]) -> None:
     assert {kind for _, kind, _ in tasks} == {"COMPLETED"}
     executed = [name for name, _, state in tasks if state == "Completed"]
     n_second = project.read("timings/prune.json")["executed"]
-    assert n_second == 3 + 1 + 3 + 1  # costs, mask, updates and evaluation
+    assert n_second == 3 + 1 + 3 + 1 + 3  # costs, mask, updates, evaluation and spectra
     assert len(executed) == json.loads(first.stdout)["tasks"]["executed"] + n_second
     blocks = {f"shot-01/block-{b:02d}/{kind}" for b in range(3) for kind in ("costs", "update")}
     assert {*blocks, "calibration/sequences", "shot-01/mask", "export", "pruned/sample"} <= set(executed)
