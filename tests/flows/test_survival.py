@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from surgeon.errors import CorruptObjectError
 from surgeon.store import Store
 from tests.flows.project import Project, slow
 from tests.flows.sessions import Pruned, Runs
+from tests.flows.test_kill import n_objects
 
 
 def flip(path: Path) -> None:
@@ -189,20 +191,43 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", place], check=True)
 
 
-@pytest.mark.parametrize("share", [slow(0.2), 0.5, 0.97])
-def test_full_disk(small_disk: Path, finished: Project, share: float) -> None:
-    """The disk is full in the store, or in what comes after; the run says so and goes on after there is space."""
-    needed = pages(finished.root) * 4
-    resize(small_disk, int(share * needed))
+def test_a_disk_that_is_too_small(small_disk: Path, finished: Project) -> None:
+    """Known before any work."""
+    resize(small_disk, 2 * pages(finished.root))
     project = Project(small_disk / "project", finished.params)
     done = project.surgeon("run", "--quiet")
     assert done.status == 2
-    assert re.search("no space left|are free", done.stderr, re.IGNORECASE), done
+    assert re.search(r"needs .* GiB .*, but only .* GiB are free\. Keep less", done.stderr)
+    assert set(project.labels().values()) <= {"calibration/sequences", "evaluation/windows"}
+
+
+def fill(disk: Path) -> None:
+    """Something else takes all that is left."""
+    with (disk / "filler").open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(1 << 16))
+        except OSError:
+            pass
+
+
+@pytest.mark.parametrize("k", [slow(1), 6, slow(20), 51])
+def test_a_disk_that_fills_up(small_disk: Path, finished: Project, k: int) -> None:
+    """The disk is full in the store, or in what comes after; the run says so and goes on once there is space."""
+    resize(small_disk, 16 * pages(finished.root))
+    project = Project(small_disk / "project", finished.params)
+    started = project.start("run", "--quiet")
+    while n_objects(project) < k:
+        assert started.process.is_alive()
+        time.sleep(0.0005)
+    fill(small_disk)
+    done = started.wait()
+    assert done.status == 2, done
+    assert re.search("no space left", done.stderr, re.IGNORECASE), done
     assert "Free some space" in done.stderr
     assert "Traceback" not in done.stderr
-    there = set(project.labels())
-    assert there
-    resize(small_disk, 3 * needed)
+    (small_disk / "filler").unlink()
+    assert len(project.labels()) >= k
     project.surgeon("run", "--quiet").ok()
     assert project.contents() == finished.contents()
     assert project.results()["weights_digest"] == finished.results()["weights_digest"]
