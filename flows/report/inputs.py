@@ -23,6 +23,7 @@ class ReportInputs:
         spectra: of some blocks of the last shot, by block.
         no_spectra: why there are none.
         timings: how each stage last went, by stage (`data/timings`).
+        content: digest of all that the page shows but times; it is in the page, which need not be made again then.
     """
 
     results: Mapping[str, Any]
@@ -31,3 +32,4 @@ class ReportInputs:
     spectra: Mapping[int, BlockSpectra] = field(default_factory=dict)
     no_spectra: str = ""
     timings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    content: str = ""

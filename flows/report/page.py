@@ -38,6 +38,7 @@ def render_page(inputs: ReportInputs) -> str:
     inputs = replace(inputs, results=json.loads(json.dumps(inputs.results, sort_keys=True)))
     results = inputs.results
     page: dict[str, Any] = {
+        "content": inputs.content,
         **headline(results),
         "tiles": tiles(results),
         "sections": _SECTIONS,

@@ -1,6 +1,8 @@
 """Writes the page of a finished run."""
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from flows.anatomy import read_anatomy
@@ -8,7 +10,7 @@ from flows.report.inputs import ReportInputs
 from flows.report.spectra import spectrum_works, why_no_spectra
 from flows.session import Session
 from flows.workspace import write_bytes
-from surgeon.store import Reference, Store
+from surgeon.store import Reference, Store, canonical_json, digest_file, digest_text
 from tasks.spectra import find_spectra, read_spectra
 
 
@@ -18,7 +20,7 @@ def write_report(
     references: Mapping[str, Reference],
     timings: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Writes `data/report/index.html`.
+    """Writes `data/report/index.html`, unless nothing was executed and the page shows these results already.
 
     Args:
         session: of the run.
@@ -26,6 +28,9 @@ def write_report(
         references: of the manifest, by readable name.
         timings: how each stage last went, by stage.
     """
+    content = _content(session, results)
+    if not results["tasks"]["executed"] and _content_of(session.workspace.report) == content:
+        return
     # Half a second of imports, which no other command needs.
     from flows.report.page import render_page
 
@@ -53,4 +58,28 @@ def read_inputs(
         },
         no_spectra=why_no_spectra(references, shots),
         timings=timings,
+        content=_content(session, results),
     )
+
+
+_VOLATILE = ("elapsed_s", "peak_memory_gib", "tasks")
+"""How the last run went: of one that executed nothing there is nothing to show."""
+_HEAD_BYTES = 4096
+
+
+def _content(session: Session, results: Mapping[str, Any]) -> str:
+    """Digest of what the page is made from: results, parameters, and the code of the page."""
+    shown = {name: value for name, value in results.items() if name not in _VOLATILE}
+    own = {path.name: digest_file(path) for path in Path(__file__).parent.iterdir() if path.is_file()}
+    return digest_text(
+        canonical_json({"results": shown, "params": session.params.model_dump(mode="json"), "code": own})
+    )
+
+
+def _content_of(page: Path) -> str | None:
+    """The digest in a page; None if there is no page."""
+    if not page.is_file():
+        return None
+    with page.open(encoding="utf-8") as file:
+        found = re.search('<meta name="content-digest" content="([0-9a-f]{64})">', file.read(_HEAD_BYTES))
+    return found and found[1]

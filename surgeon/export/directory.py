@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,18 @@ def is_intact(directory: Path, record: Mapping[str, Any]) -> bool:
     # Weights and code of another name can be the ones that are loaded.
     if not {file.name for kind in ("*.safetensors", "*.py") for file in directory.glob(kind)} <= files.keys():
         return False
-    return all((directory / n).is_file() and digest_file(directory / n) == sha for n, sha in files.items())
+    return all((directory / n).is_file() and _digest_of(directory / n) == sha for n, sha in files.items())
+
+
+def _digest_of(path: Path) -> str:
+    status = path.stat()
+    return _digest_once(path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@lru_cache(maxsize=64)
+def _digest_once(path: Path, *_state: int) -> str:
+    """A run asks several times whether the export is as it was written; its files are read once."""
+    return digest_file(path)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -384,3 +384,15 @@ def test_command_makes_the_same_parameters(overrides: list[str]) -> None:
     assert (name, stage) == ("surgeon", "run") and set(options[::2]) <= {"-S"}
     again = load_params(None, options[1::2])
     assert again.model_dump(exclude={"run": {"engine"}}) == params.model_dump(exclude={"run": {"engine"}})
+
+
+def test_the_page_is_made_again_only_if_something_changed(again: Project) -> None:
+    page = again.data / "report" / "index.html"
+    before = page.stat().st_ino
+    again.surgeon("run", "--quiet").ok()
+    assert page.stat().st_ino == before
+    page.unlink()
+    again.surgeon("run", "--quiet").ok()
+    assert page.stat().st_ino
+    again.surgeon("run", "--quiet", "-S", "report.prompt=Hello").ok()
+    assert "Hello" in page.read_text()
