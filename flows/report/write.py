@@ -1,5 +1,6 @@
 """Writes the page of a finished run."""
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,16 +65,18 @@ def read_inputs(
 
 _VOLATILE = ("elapsed_s", "peak_memory_gib", "tasks")
 """How the last run went: of one that executed nothing there is nothing to show."""
+_HOW_EXECUTED = {"engine", "memory_gib", "blocks_per_group", "store"}
+"""Parameters of `run` that change nothing on the page."""
 _HEAD_BYTES = 4096
 
 
 def _content(session: Session, results: Mapping[str, Any]) -> str:
     """Digest of what the page is made from: results, parameters, and the code of the page."""
     shown = {name: value for name, value in results.items() if name not in _VOLATILE}
+    params = session.params.model_dump(mode="json", exclude={"run": _HOW_EXECUTED})
     own = {path.name: digest_file(path) for path in Path(__file__).parent.iterdir() if path.is_file()}
-    return digest_text(
-        canonical_json({"results": shown, "params": session.params.model_dump(mode="json"), "code": own})
-    )
+    plain = json.loads(json.dumps(shown))  # numbers of a kind of their own, such as sizes, are numbers
+    return digest_text(canonical_json({"results": plain, "params": params, "code": own}))
 
 
 def _content_of(page: Path) -> str | None:
