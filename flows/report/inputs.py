@@ -12,6 +12,10 @@ BlockSpectra = Mapping[str, Mapping[str, Spectrum]]
 """Eigenvalues of one block, by linear and side ("A", "G")."""
 
 
+IRRELEVANT = ("engine", "blocks_per_group", "memory_gib", "store")
+"""Parameters of `run` that change nothing that is found."""
+
+
 @dataclass(frozen=True)
 class ReportInputs:
     """Everything that is on the page comes from here; the same inputs give the same bytes.

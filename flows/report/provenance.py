@@ -7,13 +7,11 @@ from typing import Any
 import yaml
 
 from flows.params import Params
-from flows.report.inputs import ReportInputs
+from flows.report.inputs import IRRELEVANT, ReportInputs
 from flows.report.tables import Table
 
 _WHOLE = ("text",)
 """Sections that are given as a whole: a part of the default may not fit to the rest."""
-_IRRELEVANT = ("engine", "blocks_per_group", "memory_gib", "store")
-"""Parameters of `run` that change nothing that is found."""
 
 
 def provenance_section(inputs: ReportInputs) -> dict[str, Any]:
@@ -59,7 +57,7 @@ def command_line(params: Params) -> str:
     It is meant for a directory with the shipped params.yaml, or with none.
     """
     given, default = params.model_dump(mode="json"), Params().model_dump(mode="json")
-    for name in _IRRELEVANT:
+    for name in IRRELEVANT:
         del given["run"][name]
     parts = [f"-S {shlex.quote(f'{name}={_yaml(value)}')}" for name, value in _changed(given, default)]
     return " \\\n    ".join(["surgeon run", *parts])

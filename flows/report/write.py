@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.anatomy import read_anatomy
-from flows.report.inputs import ReportInputs
+from flows.report.inputs import IRRELEVANT, ReportInputs
 from flows.report.spectra import spectrum_works, why_no_spectra
 from flows.session import Session
 from flows.workspace import write_bytes
@@ -65,15 +65,13 @@ def read_inputs(
 
 _VOLATILE = ("elapsed_s", "peak_memory_gib", "tasks")
 """How the last run went: of one that executed nothing there is nothing to show."""
-_HOW_EXECUTED = {"engine", "memory_gib", "blocks_per_group", "store"}
-"""Parameters of `run` that change nothing on the page."""
 _HEAD_BYTES = 4096
 
 
 def _content(session: Session, results: Mapping[str, Any]) -> str:
     """Digest of what the page is made from: results, parameters, and the code of the page."""
     shown = {name: value for name, value in results.items() if name not in _VOLATILE}
-    params = session.params.model_dump(mode="json", exclude={"run": _HOW_EXECUTED})
+    params = session.params.model_dump(mode="json", exclude={"run": set(IRRELEVANT)})
     own = {path.name: digest_file(path) for path in Path(__file__).parent.iterdir() if path.is_file()}
     plain = json.loads(json.dumps(shown))  # numbers of a kind of their own, such as sizes, are numbers
     return digest_text(canonical_json({"results": plain, "params": params, "code": own}))
