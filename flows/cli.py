@@ -1,6 +1,5 @@
 """The `surgeon` command: its version, and what becomes of errors. The commands themselves are in `flows/commands`."""
 
-import errno
 import sys
 import traceback
 from typing import Annotated
@@ -11,6 +10,7 @@ from flows.commands import pipeline, store
 from flows.commands.shared import app
 from surgeon import __version__
 from surgeon.errors import CorruptObjectError, InputError, SurgeonError
+from surgeon.store.files import is_full_disk
 
 __all__ = ["app", "main", "pipeline", "store"]
 
@@ -31,10 +31,10 @@ def options(
     del version
 
 
-def _is_full_disk(error: BaseException | None) -> bool:
+def _comes_from_full_disk(error: BaseException | None) -> bool:
     """Whether an error, or what it came from, says that there is no space left."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full_disk(error):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -54,7 +54,7 @@ def main() -> None:
         print(f"surgeon: {error}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        if _is_full_disk(error):
+        if _comes_from_full_disk(error):
             place = getattr(error, "filename", None) or "what was to be written"
             print(
                 f"surgeon: no space left for {place}. What was finished is in the store. Free some space (`surgeon "

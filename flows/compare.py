@@ -66,7 +66,7 @@ def _compare(session: Session, runs: Sequence[Run], sessions: Sequence[Session])
         cells, references = _run(one, run)
         rows[place].cells.extend(cells)
         used.setdefault(place, {}).update(references)
-        rows[place].usage = _usage(Store(session.context.store), used[place].values())
+        rows[place].usage = _usage(session.store, used[place].values())
     shared = [session.calibration(), session.windows, dense]
     return Comparison(
         {name: dense.attributes[name] for name in ("perplexity", "loss")},
@@ -89,7 +89,7 @@ def _run(session: Session, run: Run) -> tuple[list[Cell], dict[str, Reference]]:
         session.say(f"failed: {message}")
         cells = zip(run.sparsities, numbers, strict=True)
         return [Cell(sparsity, number, error=message) for sparsity, number in cells], {}
-    store = Store(session.context.store)
+    store = session.store
     cells = [_cell(store, sparsity, shots[:number]) for sparsity, number in zip(run.sparsities, numbers, strict=True)]
     return cells, _references(shots)
 

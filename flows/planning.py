@@ -12,9 +12,9 @@ from flows.goal import BATCH, LENGTH, Goal, require_goal
 from flows.needs import Needs, disk_needs, memory_needs, require_disk, require_memory
 from flows.params import EngineName
 from flows.prune import prune
-from flows.report.spectra import make_spectra
 from flows.session import Session
 from flows.shot import Shot
+from flows.spectra import make_spectra
 from flows.stage_facts import has_export
 from flows.work import WorkModel
 from surgeon.planning import NOTHING, Rates, Work

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from flows.manifest import read_references
 from flows.workspace import Workspace, read_json
 from surgeon.errors import CorruptObjectError, InputError, StoreError
 from surgeon.store import Presence, Reference, Store, digest_arrays, register, registered, take_in
-from surgeon.store.arrays import check_name
 
 SAMPLE = "sample"
 
@@ -72,22 +72,21 @@ def restore(workspace: Workspace) -> Restored:
     Raises:
         InputError: if there is no manifest or no view.
     """
-    manifest = read_json(workspace.manifest)
-    if manifest is None or not workspace.view.is_dir():
-        missing = workspace.view if manifest is not None else workspace.manifest
+    references = read_references(workspace)
+    if references is None or not workspace.view.is_dir():
+        missing = workspace.view if references is not None else workspace.manifest
         raise InputError(f"{missing} is missing, so there is nothing to restore from; get it with `dvc pull`")
     presence = Presence(workspace.store, "surgeon restore")
     try:
-        return _restore(workspace, manifest)
+        return _restore(workspace, references)
     finally:
         presence.leave()
 
 
-def _restore(workspace: Workspace, manifest: dict[str, Any]) -> Restored:
+def _restore(workspace: Workspace, references: dict[str, Reference]) -> Restored:
     store = Store(workspace.store)
     done = Restored(0, 0, 0, [])
-    for name, value in manifest.items():
-        reference = _named(workspace, name, value)
+    for name, reference in references.items():
         try:
             is_new = take_in(store, reference, workspace.view / name)
         except CorruptObjectError as error:
@@ -101,15 +100,6 @@ def _restore(workspace: Workspace, manifest: dict[str, Any]) -> Restored:
             done.references += 1
     done.taken += _restore_samples(workspace, store)
     return done
-
-
-def _named(workspace: Workspace, name: str, value: Any) -> Reference:
-    """The reference under a name, which must lie inside the view: a manifest may come from anywhere."""
-    try:
-        check_name(name)
-        return Reference.from_json(value)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{workspace.manifest}, {name!r}: {error}") from error
 
 
 def _restore_samples(workspace: Workspace, store: Store) -> int:

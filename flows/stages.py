@@ -16,17 +16,19 @@ from flows.checks import check_prunable
 from flows.destination import require_destination
 from flows.goal import require_goal
 from flows.machine import rates_at_hand
+from flows.manifest import read_references
 from flows.planning import outline_run, require_fits
 from flows.prune import prune
 from flows.render_plan import plan_line
-from flows.report import make_spectra, write_report
+from flows.report import write_report
 from flows.results import build_results, provenance
 from flows.session import Session
+from flows.spectra import make_spectra
 from flows.stage_facts import calibrate_facts, export_wanted, prune_facts, require_same_parameters, stage_facts
 from flows.workspace import read_json, write_json
 from surgeon.errors import InputError
 from surgeon.peak import process_peak_gib
-from surgeon.store import Reference, Store, build_view
+from surgeon.store import Reference, build_view
 from tasks.context import ModelState, StoredBlock
 from tasks.evaluation import evaluation_task, sample_task
 from tasks.export import export_task
@@ -82,7 +84,7 @@ def prune_stage(session: Session) -> None:
     references |= make_spectra(session, references, len(shots))
     facts = prune_facts(session, shots)
     write_json(session.workspace.manifest, {name: ref.to_json() for name, ref in sorted(references.items())})
-    build_view(Store(session.workspace.store), {n: r.key for n, r in references.items()}, session.workspace.view)
+    build_view(session.store, {n: r.key for n, r in references.items()}, session.workspace.view)
     _finish(session, "prune", references, facts)
 
 
@@ -238,8 +240,8 @@ def _write_results(session: Session) -> dict[str, Any]:
     facts["benchmark"] = current_benchmark(session)
     # A stage that DVC took from its cache never ran here, as in an experiment or a new clone.
     timings = {name: found for name in STAGES if (found := read_json(session.workspace.timing_file(name)))}
-    store, references = Store(session.workspace.store), _manifest(session)
-    results = build_results(store, references, facts, timings, provenance(session))
+    references = read_references(session.workspace) or {}
+    results = build_results(session.store, references, facts, timings, provenance(session))
     write_json(session.workspace.metrics, results)
     write_report(session, results, references, timings)
     return results
@@ -267,11 +269,6 @@ def dense_evaluation(session: Session) -> Reference:
         evaluation_task, session.context, session.dense, session.windows, "dense", name="dense/evaluation"
     )
     return reference
-
-
-def _manifest(session: Session) -> dict[str, Reference]:
-    found = read_json(session.workspace.manifest) or {}
-    return {name: Reference.from_json(value) for name, value in found.items()}
 
 
 def _finish(session: Session, name: str, references: dict[str, Reference], facts: dict[str, Any]) -> None:

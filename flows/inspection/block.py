@@ -144,7 +144,7 @@ def inspect_block(workspace: Workspace, engine: Engine, block: int, linear: str 
     references, store = read_manifest(workspace), open_store(workspace)
     shapes = _require_block(references, choose_shot(references, shot), block)
     names = [shape.name for shape in shapes] if linear is None else [_require_linear(shapes, block, linear)]
-    shot, work = _choose_work(store, references, block, shot)
+    shot, work = _choose_work(store, references, block, shapes, shot)
     spectra: dict[str, dict[str, Spectrum]] = {}
     if work is not None:
         name = f"{work.label}/block-{block:02d}/spectra"
@@ -187,12 +187,12 @@ def _require_linear(shapes: tuple[LinearShape, ...], block: int, linear: str) ->
 
 
 def _choose_work(
-    store: Store, references: Mapping[str, Reference], block: int, shot: int | None
+    store: Store, references: Mapping[str, Reference], block: int, shapes: tuple[LinearShape, ...], shot: int | None
 ) -> tuple[int, SpectrumWork | None]:
     """The shot to look at, and what its eigenvalues are computed from; None for a curvature without factors."""
     last = choose_shot(references, shot)
     for number in [last] if shot else range(last, 0, -1):
-        work = spectrum_work(references, number, block)
+        work = spectrum_work(references, number, block, shapes)
         if work is None or can_be_had(store, work):
             return number, work
     which = f"shot {shot}" if shot else "any shot"

@@ -4,8 +4,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from flows.manifest import read_references
 from flows.restoring import refill
-from flows.workspace import Workspace, read_json
+from flows.workspace import Workspace
 from surgeon.errors import InputError
 from surgeon.store import Reference, Store
 
@@ -30,13 +31,12 @@ def read_manifest(workspace: Workspace) -> dict[str, Reference]:
     Raises:
         InputError: no run has finished, or its results are in another store.
     """
-    found = read_json(workspace.manifest)
-    if found is None:
+    references = read_references(workspace)
+    if references is None:
         raise InputError(
             f"{workspace.manifest} is missing: no run has finished here yet. `surgeon prune` makes it; `surgeon "
             "inspect --store` shows what an unfinished run has stored"
         )
-    references = {name: Reference.from_json(value) for name, value in found.items()}
     store = open_store(workspace)
     gone = [name for name, reference in references.items() if store.lookup(reference.key, label=name) is None]
     if gone:

@@ -1,6 +1,5 @@
 """The report of a run: one HTML file for people, beside the numbers for scripts."""
 
-from flows.report.spectra import make_spectra
 from flows.report.write import write_report
 
-__all__ = ["make_spectra", "write_report"]
+__all__ = ["write_report"]

@@ -8,10 +8,10 @@ from typing import Any
 
 from flows.anatomy import read_anatomy
 from flows.report.inputs import IRRELEVANT, ReportInputs
-from flows.report.spectra import spectrum_works, why_no_spectra
 from flows.session import Session
+from flows.spectra import spectrum_works
 from flows.workspace import write_bytes
-from surgeon.store import Reference, Store, canonical_json, digest_file, digest_text
+from surgeon.store import Reference, canonical_json, digest_file, digest_text
 from tasks.spectra import find_spectra, read_spectra
 
 
@@ -45,9 +45,9 @@ def read_inputs(
     timings: Mapping[str, Mapping[str, Any]],
 ) -> ReportInputs:
     """What the page is made from, read from the store; computes nothing."""
-    store = Store(session.workspace.store)
-    shots = len(results["shots"])
-    found = {work.block: find_spectra(store, work) for work in spectrum_works(references, shots)}
+    store, shots = session.store, len(results["shots"])
+    works = spectrum_works(references, shots, session.model.blocks)
+    found = {work.block: find_spectra(store, work) for work in works}
     return ReportInputs(
         results=results,
         anatomy=read_anatomy(store, references, shots),
@@ -57,12 +57,17 @@ def read_inputs(
             for block, reference in found.items()
             if reference is not None and store.has_payload(reference.key)
         },
-        no_spectra=why_no_spectra(references, shots),
+        no_spectra=_DROPPED if works else _NO_FACTORS,
         timings=timings,
         content=_content(session, results),
     )
 
 
+_DROPPED = (
+    "The factors of the last shot are not in the store any more (run.keep drops them), so their spectra are not known. "
+    "With run.keep=last they stay."
+)
+_NO_FACTORS = "This curvature is not made of factors, so there are no spectra."
 _VOLATILE = ("elapsed_s", "peak_memory_gib", "tasks")
 """How the last run went: of one that executed nothing there is nothing to show."""
 _HEAD_BYTES = 4096

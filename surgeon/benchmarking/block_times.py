@@ -15,7 +15,6 @@ the medians are made monotone, since a wider part is never really faster by bein
 import inspect
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from surgeon.benchmarking.clock import seconds_of
 from surgeon.errors import ModelError
 from surgeon.models import AttentionCoupling, BlockCouplings, Checkpoint, MlpCoupling
 from surgeon.models.families import family_names
@@ -288,15 +288,7 @@ class _Clock:
         """Seconds of one run."""
         self._flushed.add_(1)
         self._hidden.sum()  # what the block before wrote is at hand
-        self._wait()
-        start = time.perf_counter()
-        body()
-        self._wait()
-        return time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self._device == "cuda":
-            torch.cuda.synchronize()
+        return seconds_of(body, self._device)
 
 
 def _medians(

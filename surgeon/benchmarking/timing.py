@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from surgeon.benchmarking.clock import wait_for
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -55,23 +57,18 @@ def time_once(model: PreTrainedModel, tokens: Tensor, shape: Shape) -> Seconds:
         shape: how many of them are the prompt.
     """
     last = {"logits_to_keep": 1} if keeps_last_logits(model) else {}
-    _wait(tokens)
+    wait_for(tokens.device.type)
     start = time.perf_counter()
     cache = model(input_ids=tokens[:, : shape.prompt], use_cache=True, **last).past_key_values
-    _wait(tokens)
+    wait_for(tokens.device.type)
     between = time.perf_counter()
     cache_bytes = _cache_bytes(cache, shape.batch_size * shape.prompt)
     begun = time.perf_counter()
     for position in range(shape.prompt, shape.prompt + shape.new_tokens):
         step = tokens[:, position : position + 1]
         cache = model(input_ids=step, past_key_values=cache, use_cache=True, **last).past_key_values
-    _wait(tokens)
+    wait_for(tokens.device.type)
     return Seconds(between - start, time.perf_counter() - begun, cache_bytes)
-
-
-def _wait(tokens: Tensor) -> None:
-    if tokens.is_cuda:
-        torch.cuda.synchronize()
 
 
 def _cache_bytes(cache: Any, n_tokens: int) -> int | None:

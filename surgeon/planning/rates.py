@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from surgeon.benchmarking.clock import seconds_of
 from surgeon.curvature.damping import triangular_inverse
 from surgeon.curvature.gram import add_gram
 from surgeon.models import Checkpoint
@@ -136,23 +137,15 @@ class _Clock:
     """Measures calls, waiting for the device."""
 
     def __init__(self, device: str) -> None:
-        self._is_cuda = device == "cuda"
+        self._device = device
 
     def once(self, body: Callable[[], Any]) -> float:
         """Seconds of one call."""
-        self._wait()
-        start = time.perf_counter()
-        body()
-        self._wait()
-        return time.perf_counter() - start
+        return seconds_of(body, self._device)
 
     def typical(self, body: Callable[[], Any], rounds: int = 3) -> float:
         """Median of some calls, the first of which may be slow."""
         return float(np.median([self.once(body) for _ in range(rounds)]))
-
-    def _wait(self) -> None:
-        if self._is_cuda:
-            torch.cuda.synchronize()
 
 
 def _model_rates(sample: Sample, clock: _Clock) -> dict[Operation, float]:

@@ -1,5 +1,6 @@
 """Durable files and temporary names that tell whose they are."""
 
+import errno
 import hashlib
 import os
 import platform
@@ -34,6 +35,11 @@ def _is_running(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error says that there is no space left, or no more of a quota."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_file(path: Path, text: str) -> None:

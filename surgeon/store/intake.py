@@ -3,20 +3,18 @@
 Nothing is believed: an object is taken in only if what lies in the view gives the digest that is expected of it.
 """
 
-import json
-import platform
-from datetime import UTC, datetime
 from pathlib import Path
 
 from surgeon.errors import CorruptObjectError
-from surgeon.store.files import remove_tree, sync_tree, walk_files, write_file
+from surgeon.store.files import remove_tree, sync_tree, walk_files
 from surgeon.store.keys import digest_sorted
 from surgeon.store.payload import write_foreign_marker
 from surgeon.store.reading import StoredObject, read_reference
 from surgeon.store.reference import Reference
-from surgeon.store.root import GROUP_FILE, RECORD_FILE
+from surgeon.store.root import GROUP_FILE
 from surgeon.store.store import Store
 from surgeon.store.view import link_or_copy
+from surgeon.store.writing import write_record
 
 
 def take_in(store: Store, reference: Reference, source: Path) -> bool:
@@ -45,7 +43,8 @@ def take_in(store: Store, reference: Reference, source: Path) -> bool:
             _check_content(staging, reference)
         else:
             write_foreign_marker(staging)
-        _write_record(staging, reference.label)
+        # How long the computation took is not known here.
+        write_record(staging, reference.label, {"seconds": None, "taken_in": True})
         sync_tree(staging)
         store.publish(staging, reference)
     finally:
@@ -84,10 +83,3 @@ def _check_content(staging: Path, reference: Reference) -> None:
             f"{reference.describe()} in the view has the digest {digest}, but {reference.digest} was committed.",
             reference.key,
         )
-
-
-def _write_record(staging: Path, label: str) -> None:
-    """When and where it was taken in; how long the computation took is not known here."""
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    record = {"label": label, "created": created, "seconds": None, "host": platform.node(), "taken_in": True}
-    write_file(staging / RECORD_FILE, json.dumps(record, indent=2) + "\n")

@@ -1,6 +1,5 @@
 """The store: results by key, each committed whole or not at all."""
 
-import errno
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -11,7 +10,7 @@ from typing import Any
 
 from surgeon.errors import CorruptObjectError, NondeterminismError, StoreError
 from surgeon.store.arrays import StorableArray, checked_arrays
-from surgeon.store.files import is_stale, remove_tree, sync, walk_files
+from surgeon.store.files import is_full_disk, is_stale, remove_tree, sync, walk_files
 from surgeon.store.keys import canonical_json, digest_arrays, digest_sorted
 from surgeon.store.locks import file_lock
 from surgeon.store.payload import drop_payload, is_foreign, restore_payload
@@ -98,7 +97,7 @@ class Store:
             reference = write_object(staging, draft, checked, plain_parameters, seconds, peak_memory_gib)
             self.publish(staging, reference)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_full_disk(error):
                 raise
             raise StoreError(
                 f"No space left for {draft.describe()} in {self.root} ({error.strerror}). Nothing was committed. "

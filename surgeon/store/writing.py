@@ -56,7 +56,7 @@ def write_object(
             label=reference.label,
         )
     _write_reference(directory, complete, parameters)
-    _write_record(directory, complete.label, seconds, peak_memory_gib)
+    write_record(directory, complete.label, {"seconds": seconds, "peak_memory_gib": peak_memory_gib})
     sync_tree(directory)
     return complete
 
@@ -94,12 +94,12 @@ def _write_reference(directory: Path, reference: Reference, parameters: Mapping[
     )
 
 
-def _write_record(directory: Path, label: str, seconds: float | None, peak_memory_gib: float | None) -> None:
+def write_record(directory: Path, label: str, facts: Mapping[str, Any]) -> None:
+    """Writes for whom, when, where and by which release an object was made, and what else is known of that."""
     record = {
         "label": label,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": seconds,
-        "peak_memory_gib": peak_memory_gib,
+        **facts,
         "host": platform.node(),
         "surgeon": surgeon.__version__,
     }

@@ -265,7 +265,7 @@ def test_spectra_are_those_of_what_was_inverted(runs: Runs, settings: dict[str, 
     recipe, context, references = pruned.session.recipe, pruned.session.context, pruned.references
     was = before(pruned, 2)
     dampings = {(d.block, d.linear): d for d in read_anatomy(runs.store, references, 2).dampings}
-    work = spectrum_work(references, 2, 1)
+    work = spectrum_work(references, 2, 1, pruned.session.model.blocks[1])
     assert work is not None
     outcome = spectrum_task(runs.store.root, work)
     found = read_spectra(runs.store, outcome.value)
@@ -310,7 +310,7 @@ def test_a_condition_number_beyond_float32_is_that_of_its_rounding() -> None:
 
 def test_spectra_outlive_the_factors(fresh: Runs) -> None:
     pruned = fresh.prune(shots=1, sparsity=0.3)
-    works = [spectrum_work(pruned.references, 1, block) for block in (0, 1)]
+    works = [spectrum_work(pruned.references, 1, b, pruned.session.model.blocks[b]) for b in (0, 1)]
     assert works[0] is not None
     assert works[1] is not None
     first = spectrum_task(fresh.store.root, works[0])
@@ -327,4 +327,5 @@ def test_spectra_outlive_the_factors(fresh: Runs) -> None:
 
 def test_what_has_no_factors_has_no_spectra(runs: Runs) -> None:
     for settings in ({"structure": "rows", "method": "magnitude"}, {"structure": "rows", "curvature": "diagonal"}):
-        assert spectrum_work(two_shots(runs, settings).references, 2, 0) is None
+        pruned = two_shots(runs, settings)
+        assert spectrum_work(pruned.references, 2, 0, pruned.session.model.blocks[0]) is None

@@ -7,8 +7,8 @@ import pytest
 
 from flows.planning import dry_run, outline_run
 from flows.prune import prune
-from flows.report import make_spectra
 from flows.session import Session
+from flows.spectra import make_spectra
 from flows.stages import dense_evaluation
 from flows.work_after import n_windows
 from surgeon.choices import Keep
