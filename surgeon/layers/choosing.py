@@ -33,11 +33,7 @@ class Choice:
     protect_last: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.protect_first, self.protect_last) < 0:
-            raise ParameterError(
-                f"layerchop.protect_first, protect_last: got {self.protect_first} and {self.protect_last}, allowed: 0 "
-                "or more"
-            )
+        _ = self.allowed
         if self.n_remove < 1:
             raise ParameterError(f"layerchop.blocks: got {self.n_remove}, allowed: 1 or more")
         if self.n_remove >= self.n_blocks:
@@ -55,7 +51,20 @@ class Choice:
     @property
     def allowed(self) -> range:
         """Indices of the blocks that may go."""
-        return range(self.protect_first, max(self.protect_first, self.n_blocks - self.protect_last))
+        return allowed_blocks(self.n_blocks, self.protect_first, self.protect_last)
+
+
+def allowed_blocks(n_blocks: int, protect_first: int, protect_last: int) -> range:
+    """Indices of the blocks that may go.
+
+    Raises:
+        ParameterError: a negative number of blocks is protected.
+    """
+    if min(protect_first, protect_last) < 0:
+        raise ParameterError(
+            f"layerchop.protect_first, protect_last: got {protect_first} and {protect_last}, allowed: 0 or more"
+        )
+    return range(protect_first, max(protect_first, n_blocks - protect_last))
 
 
 def blocks_for_fraction(fraction: float, weights: Sequence[int]) -> int:
@@ -86,6 +95,30 @@ def lowest_blocks(scores: Sequence[float], choice: Choice) -> tuple[int, ...]:
     """
     _require_finite({index: scores[index] for index in choice.allowed})
     return tuple(sorted(choice.allowed, key=lambda index: (scores[index], index))[: choice.n_remove])
+
+
+def greedy_blocks(losses: NDArray[np.float64], choice: Choice) -> tuple[int, ...]:
+    """The blocks that greedy removal takes: at each step the one without which the loss is lowest.
+
+    Args:
+        losses: `[n_steps, n_blocks]`; ``[k, i]`` is the loss without block i and the blocks of the steps before k. Of
+            blocks that are gone or protected it is not looked at.
+        choice: which may go.
+
+    Returns:
+        A block for each step, in the order of removal; of equal ones the earlier.
+
+    Raises:
+        NonFiniteError: a loss is not finite; names the block.
+
+    Reference: Song et al. 2024, *SLEB*.
+    """
+    gone: list[int] = []
+    for step in losses:
+        left = {index: float(step[index]) for index in choice.allowed if index not in gone}
+        _require_finite(left)
+        gone.append(min(left, key=lambda index: (left[index], index)))
+    return tuple(gone)
 
 
 def closest_span(distances: NDArray[np.float64], choice: Choice) -> tuple[int, ...]:
