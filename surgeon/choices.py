@@ -126,6 +126,37 @@ class UpdateRule(StrEnum):
     NONE = "none"
 
 
+class Selector(StrEnum):
+    """How LayerChop chooses the layers that go whole.
+
+    Patterns go by position alone: just after the first block, just before the last, around the middle, from both ends,
+    evenly spread, or the deepest. The others read data, gradients or weights: how little a block turns the hidden
+    states (`block-influence`, `angular` for a span of blocks, `llm-drop` for attention and MLP apart), the loss without
+    it (`perplexity`, and `sleb` again after every removal), and what its weights are worth (`magnitude`, `taylor`,
+    `curvature`).
+
+    Reference: Jha et al. 2023, *Just CHOP* (patterns); Gromov et al. 2024, *The Unreasonable Ineffectiveness of the
+    Deeper Layers* (`angular`, `deepest`); Men et al. 2024, *ShortGPT* (`block-influence`); Song et al. 2024, *SLEB*
+    (`sleb`); Kim et al. 2024, *Shortened LLaMA* (`perplexity`, `taylor`, `magnitude`); He et al. 2024, *What Matters in
+    Transformers?* (`llm-drop`); `curvature` is ours.
+    """
+
+    INPUT = "input"
+    OUTPUT = "output"
+    MIDDLE = "middle"
+    BOTH = "both"
+    MAX_GAP = "max-gap"
+    DEEPEST = "deepest"
+    BLOCK_INFLUENCE = "block-influence"
+    ANGULAR = "angular"
+    SLEB = "sleb"
+    PERPLEXITY = "perplexity"
+    TAYLOR = "taylor"
+    MAGNITUDE = "magnitude"
+    LLM_DROP = "llm-drop"
+    CURVATURE = "curvature"
+
+
 class Correction(StrEnum):
     """What is done about the gradient of the loss, which is not zero at a pruned model.
 
