@@ -169,6 +169,52 @@ class Correction(StrEnum):
     NEWTON = "newton"
 
 
+class Prior(StrEnum):
+    """What Bonsai knows of a unit before any sub-model has run; x is the input of the output linear, W its weight.
+
+    `wanda` is ``mean |W| · sqrt(mean x²)``, `magnitude` is ``mean |x|``, `fluctuation` is ``var(x) · ‖W‖²`` by column,
+    and `random` a draw.
+
+    Reference: Dery et al. 2024 (*Everybody Prune Now*), section 3.2; An et al. 2024, *FLAP* (`fluctuation`).
+    """
+
+    WANDA = "wanda"
+    MAGNITUDE = "magnitude"
+    FLUCTUATION = "fluctuation"
+    RANDOM = "random"
+
+
+class Utility(StrEnum):
+    """What a sub-model of Bonsai is worth: minus its loss, nats per token, or minus its perplexity (as published)."""
+
+    NEGATIVE_LOSS = "negative-loss"
+    NEGATIVE_PERPLEXITY = "negative-perplexity"
+
+
+class Solver(StrEnum):
+    """How Bonsai regresses utilities on masks: ridge in closed form, or gradient descent stopped early (as published).
+
+    Reference: Dery et al. 2024, section 3.3 and appendix (`adam`); `ridge` is ours.
+    """
+
+    RIDGE = "ridge"
+    ADAM = "adam"
+
+
+class Penalty(StrEnum):
+    """What the solver `adam` of Bonsai punishes: sizes of coefficients, or squares of what they differ from a start."""
+
+    L1 = "l1"
+    L2 = "l2"
+
+
+class Scope(StrEnum):
+    """What one regression of Bonsai explains utilities by: masks of all sub-layers, or of one at a time."""
+
+    GLOBAL = "global"
+    PER_LAYER = "per-layer"
+
+
 class SequenceOrder(StrEnum):
     """Where calibration sequences are cut: from a grid without overlap, or at independent random offsets."""
 
