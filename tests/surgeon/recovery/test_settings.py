@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -81,7 +82,7 @@ def test_rates():
     assert rates[:4] == pytest.approx([1e-3, 2e-3, 3e-3, 4e-3])
     assert rates[-1] == pytest.approx(4e-4)
     assert rates[4] == pytest.approx(4e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi / 7)) / 2))
-    assert all(first > second for first, second in zip(rates[3:], rates[4:], strict=False))
+    assert all(first > second for first, second in pairwise(rates[3:]))
     level = replace(given, floor=1.0, warmup=0)
     assert [rate_at(level, step) for step in range(level.steps)] == pytest.approx([4e-3] * level.steps)
     assert rate_at(settings(tokens=24, warmup=0), 0) == 1e-2

@@ -176,12 +176,15 @@ def test_validation_is_the_mean_over_rows():
     ],
 )
 def test_memory_that_runs_out_says_what_to_lower(error):
-    with pytest.raises(MemoryShortageError, match=r"Lower recovery\.micro_batch .* recovery\.method=lora"), memory_advice():
+    with (
+        pytest.raises(MemoryShortageError, match=r"Lower recovery\.micro_batch .* recovery\.method=lora"),
+        memory_advice(),
+    ):
         raise error
 
 
 def test_other_errors_pass():
-    with pytest.raises(RuntimeError, match="^shapes$"), memory_advice():
+    with pytest.raises(RuntimeError, match=r"^shapes$"), memory_advice():
         raise RuntimeError("shapes")
 
 
