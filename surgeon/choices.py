@@ -257,3 +257,38 @@ class Keep(StrEnum):
     LAST = "last"
     ALL = "all"
     NONE = "none"
+
+
+class Recovery(StrEnum):
+    """How a pruned model is trained afterwards: not at all, by low-rank adapters, all of it, or beside the dense model.
+
+    `distill` is `full` with terms that compare the model with the dense one.
+
+    Reference: Jha et al. 2023, *Just CHOP*, sections 3 and 5 (`full`, `distill`); Hu et al. 2022, *LoRA* (`lora`).
+    """
+
+    NONE = "none"
+    LORA = "lora"
+    FULL = "full"
+    DISTILL = "distill"
+
+
+class RecoveryPreset(StrEnum):
+    """How much recovery training there is: a few batches on a processor, a day on a GPU, or as published."""
+
+    SMOKE = "smoke"
+    SMALL = "small"
+    PAPER = "paper"
+
+
+class LossTerm(StrEnum):
+    """A term of the loss of recovery: next tokens, or how far the model is from the dense one in what it computes.
+
+    Reference: Jha et al. 2023, *Just CHOP*, section 5 (the comparison with distillation).
+    """
+
+    LM = "lm"
+    KL = "kl"
+    HIDDEN = "hidden"
+    ATTENTION = "attention"
+    EMBEDDING = "embedding"
