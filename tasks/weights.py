@@ -10,7 +10,8 @@ from torch import Tensor
 
 from surgeon.models import WeightFiles
 from surgeon.passes.blockwise import BlockwiseModel, no_overrides
-from surgeon.pruning.linear import PrunedLinear
+from surgeon.pruning.linear import LiveSet, PrunedLinear
+from surgeon.shrinking import ShrunkModel, shrink
 from surgeon.store import Store
 from tasks.context import Context, ModelState, split_columns, split_rows
 from tasks.stage import read_arrays
@@ -90,6 +91,27 @@ def read_live(context: Context, state: ModelState, block: int) -> dict[str, tupl
         shape.name: (torch.from_numpy(r), torch.from_numpy(c))
         for shape, r, c in zip(shapes, rows, columns, strict=True)
     }
+
+
+def read_live_sets(context: Context, state: ModelState, block: int) -> dict[str, LiveSet]:
+    """What of the linears of one block lives, single weights too; no weights are read."""
+    sets = read_live(context, state, block)
+    update = state.update_of(block)
+    if update is None:
+        return {name: LiveSet(rows, columns) for name, (rows, columns) in sets.items()}
+    stored = Store(context.store).open(update.key)
+    packed = set(stored.names())
+    result = {}
+    for shape in context.model.blocks[block]:
+        part = f"{shape.name}/live"
+        weights = unpacked_live(stored.array(part), shape.n_in) if part in packed else None
+        result[shape.name] = LiveSet(*sets[shape.name], weights)
+    return result
+
+
+def open_shrunk(context: Context, state: ModelState) -> ShrunkModel:
+    """The model of a state as a whole in memory, physically smaller where whole units or blocks are gone."""
+    return shrink(open_model(context, state), partial(read_live_sets, context, state))
 
 
 def packed_live(live: Tensor) -> NDArray[np.uint8]:

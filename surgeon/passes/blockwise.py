@@ -146,16 +146,20 @@ class BlockwiseModel:
         """Holds the weights of some blocks in memory, and drops those that were not there before at the end."""
         fresh = [index for index in blocks if index not in self._loaded and index not in self.removed]
         for index in fresh:
-            block = self.block(index)
-            load_into(block, self.prefix(index), self.weights, self.dtype, self.overrides(index))
-            self._to_device(block)
-            self._loaded.add(index)
+            self.load(index)
         try:
             yield
         finally:
             for index in fresh:
                 unload(self.block(index))
                 self._loaded.discard(index)
+
+    def load(self, index: int) -> None:
+        """Reads the weights of one block, which stay in memory."""
+        block = self.block(index)
+        load_into(block, self.prefix(index), self.weights, self.dtype, self.overrides(index))
+        self._to_device(block)
+        self._loaded.add(index)
 
     def prefix(self, index: int) -> str:
         """Dotted path of a block, for example "model.layers.7"."""
