@@ -87,7 +87,7 @@ def test_planted_useless_channels_rank_last(whole_of, n_sub_models):
     """Half of the candidates do nothing, which a random prior cannot know; on its own text a model needs the others."""
     whole = whole_of("llama")
     parts = [part for part in whole.parts if part.kind is SubLayerKind.MLP]
-    candidates = [candidates_of(scores, 0.1) for scores in random_scores(parts, 0, 1)]
+    candidates = [candidates_of(scores, 0.1) for scores in random_scores([part.n_live for part in parts], 0, 1)]
     planted = [np.random.default_rng(0).permutation(own.units)[: own.units.size // 2] for own in candidates]
     for part, own, idle in zip(parts, candidates, planted, strict=True):
         part.linear.weight.data[:, own.units] *= 2.0
