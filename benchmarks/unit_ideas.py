@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.protocol import open_session
+from flows.curvature_shot import CurvatureShot
 from flows.session import Session
-from flows.shot import ShotRun
 from surgeon.choices import Curvature
 from surgeon.curvature.factors import LinearFactors
 from surgeon.models import AttentionCoupling
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("project", type=Path)
     given = ("prune.shots=1", f"prune.sparsity={SPARSITY}", "prune.widths=free", "run.keep=all")
     session = open_session(parser.parse_args().project, *given)
-    shot = ShotRun(session, session.dense, session.calibration(), 1, SPARSITY)
+    shot = CurvatureShot(session, session.dense, session.calibration(), 1, SPARSITY)
     threshold = shot.run().record["threshold"]
     model, couplings = session.model, session.model.couplings
     assert couplings is not None

@@ -133,7 +133,7 @@ def dry_run(session: Session, *, whole: bool) -> tuple[DryRun, Session]:
 
 def _after_pruning(engine: DryEngine, session: Session, dense: Reference, shots: list[Shot]) -> None:
     dry, state, settings = engine.dry, shots[-1].state, session.params.report
-    made = (dense.digest, shots[-1].evaluation.digest, *(block.digest for block in state.updates))
+    made = (dense.digest, shots[-1].evaluation.digest, *(part.digest for part in state.stored))
     exported = not any(map(is_promised, made)) and has_export(session, dense, shots)
     dry.add("export", "export", export_task, (state,), missing=not exported)
     measured = exported and known_figures(session) is not None

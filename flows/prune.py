@@ -1,12 +1,15 @@
 """The prune flow: shots one after the other, each on the model that the one before left."""
 
 from flows.checks import check_prunable
+from flows.curvature_shot import CurvatureShot
 from flows.schedule import shot_target
 from flows.session import Session
-from flows.shot import Shot, ShotRun
+from flows.shot import PruningShot, Shot
 from surgeon.choices import Keep
 from surgeon.curvature.spec import Statistic
 from surgeon.pruning.granularity import is_structured
+from surgeon.store import Reference
+from tasks.context import ModelState
 from tasks.costs import COSTS
 
 
@@ -19,11 +22,16 @@ def prune(session: Session) -> list[Shot]:
     for number in range(1, pruning.shots + 1):
         calibration = session.calibration(number)
         target = shot_target(session.goal.fraction, number, pruning.shots)
-        shot = ShotRun(session, state, calibration, number, target).run()
+        shot = shot_of(session, state, calibration, number, target).run()
         shots.append(shot)
         _evict(session, shots)
         state = shot.state
     return shots
+
+
+def shot_of(session: Session, state: ModelState, calibration: Reference, number: int, target: float) -> PruningShot:
+    """A shot by the method of the parameters."""
+    return CurvatureShot(session, state, calibration, number, target)
 
 
 def _evict(session: Session, shots: list[Shot]) -> None:

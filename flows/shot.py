@@ -1,31 +1,21 @@
-"""One shot: curvature → costs → mask → update → evaluation.
+"""What a shot is, whatever prunes: a step on a state that is found as a whole, or else made from its tasks.
 
-Everything is asked for by key, and only what a missing result needs is computed: a finished shot is one look-up; in an
-unfinished one, statistics that were dropped are made again only for blocks whose costs or update are missing.
+Every method of pruning is a subclass of `PruningShot`; `flows/prune.py` picks it.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from flows.session import Session
-from flows.statistics import BlockStatistics
-from surgeon.choices import Correction, UpdateRule
-from surgeon.correction.adapters import AdapterSettings
-from surgeon.pruning.granularity import is_structured
 from surgeon.store import Reference
-from tasks.context import Context, ModelState, StoredBlock
-from tasks.correction import CORRECTION, correction_task
-from tasks.costs import COSTS, BlockWork, cost_request, cost_task
-from tasks.curvature import STAGES
+from tasks.context import Context, ModelState
 from tasks.evaluation import evaluation_task
-from tasks.mask import MASK, mask_request, mask_task
-from tasks.rule import MaskRule
 from tasks.stage import Outcome, Product, Request, Stage, produce, readable
-from tasks.update import UPDATE, Removal, update_request, update_task
 
-SHOT = Stage("shot", 3, ())
-"""A finished shot: which updates it ended with. It lets a finished shot be found with one look-up."""
+SHOT = Stage("shot", 4, ())
+"""A finished shot: which state it ended with. It lets a finished shot be found with one look-up."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +56,29 @@ def shot_label(number: int) -> str:
     return f"shot-{number:02d}"
 
 
-class ShotRun:
+@dataclass(frozen=True)
+class Made:
+    """What the tasks of a shot gave.
+
+    Attributes:
+        state: the model after it.
+        references: all results by name.
+        n_removed: structures, units, weights or blocks that are gone by this shot.
+        facts: more of the record: "threshold", "kept", "predicted_cost", "convergence", "correction", or what else a
+            method has to say; what is left out is null.
+    """
+
+    state: ModelState
+    references: dict[str, Reference]
+    n_removed: int
+    facts: Mapping[str, Any]
+
+
+_FACTS = ("threshold", "kept", "predicted_cost", "convergence", "correction")
+"""Of every record; null where a method has no such thing."""
+
+
+class PruningShot(ABC):
     """One shot on one state: holds what its steps share.
 
     Args:
@@ -86,196 +98,92 @@ class ShotRun:
         self.number = number
         self.target = target
         self.label = shot_label(number)
-        self.recipe = session.recipe
-        self.rule = MaskRule(target, self.recipe, session.goal.usage)
         self.blocks = range(self.context.model.n_blocks)
-        self.statistics = BlockStatistics(
-            session,
-            state,
-            calibration,
-            self.label,
-            self.recipe.curvature,
-            self.recipe.update.newton_step > 0,
-            session.measured_linears,
-        )
 
     def run(self) -> Shot:
         """Looks the whole shot up, or runs what is missing of it; then evaluates it."""
         finished = self._finished()
         if finished is not None:
             self.session.engine.reuse(self._task_names())
-        references, stored = finished or self._run_tasks()
+        references, stored = finished or self._make()
         state = self._state_of(stored)
         evaluation = self._task(
             evaluation_task, self.context, state, self.session.windows, self.label, name=f"{self.label}/evaluation"
         )
         references[f"{self.label}/evaluation"] = evaluation
-        passed_on = self.statistics.passed_on()
-        return Shot(self.number, self.target, state, references, passed_on, stored, evaluation)
+        return Shot(self.number, self.target, state, references, self._passed_on(), stored, evaluation)
 
     def finished_state(self) -> ModelState | None:
         """The state after the shot if it is finished, without running anything."""
         finished = self._finished()
         return None if finished is None else self._state_of(finished[1])
 
+    @abstractmethod
     def found(self) -> dict[str, tuple[int, int]]:
         """For each kind of task, how many results are there and how many there will be; runs nothing."""
-        n = len(self.blocks)
-        statistics = [self.statistics.lookup(b) for b in self.blocks]
-        counts = {"statistics": (sum(found is not None for found in statistics), n)}
-        works = [self._work(b, found) for b, found in enumerate(statistics) if found is not None]
-        if self._has_mask:
-            costs = [ref for work in works if (ref := self._lookup(cost_request(work)))]
-            counts |= {"costs": (len(costs), n), "mask": (0, 1), "update": (0, n)}
-            mask = self._lookup(mask_request(costs, self.rule, self.label)) if len(costs) == n else None
-            if mask is None:
-                return counts
-            counts["mask"] = (1, 1)
-            removals = [Removal(self.target, cost, mask) for cost in costs]
-        else:
-            removals = [Removal(self.target)] * len(works)
-        updates = [self._lookup(update_request(*pair)) for pair in zip(works, removals, strict=True)]
-        return counts | {"update": (sum(ref is not None for ref in updates), n)}
 
-    @property
-    def _has_mask(self) -> bool:
-        """Whether what goes is chosen before the update, not by it."""
-        return self.recipe.update.rule is not UpdateRule.SEQUENTIAL
+    @abstractmethod
+    def _parameters(self) -> dict[str, Any]:
+        """All that the shot depends on but its inputs, target and batch size, versions of its stages included."""
+
+    @abstractmethod
+    def _run_tasks(self) -> Made:
+        """Runs the tasks whose results are missing."""
+
+    @abstractmethod
+    def _task_names(self) -> list[str]:
+        """Names of all tasks of the shot but its evaluation, as far as they always run."""
+
+    def _passed_on(self) -> list[Reference]:
+        """Large results that tasks handed to each other and that no name leads to; dropped once it is finished."""
+        return []
+
+    def _make(self) -> tuple[dict[str, Reference], Reference]:
+        made = self._run_tasks()
+        record = {
+            **dict.fromkeys(_FACTS),
+            **made.facts,
+            "names": {name: ref.key for name, ref in made.references.items()},
+            "state": made.state.to_json(),
+            "sparsity": 1.0 - self._n_live(made.state) / self.context.model.n_weights,
+            "n_removed": made.n_removed,
+        }
+        return made.references, produce(self.context, self._request(), lambda: Product({}, record), self.store).value
+
+    def _request(self) -> Request:
+        parameters = {**self._parameters(), "target": self.target, "batch_size": self.context.batch_size}
+        inputs = {"weights": self.state.digest, "calibration": self.calibration.digest}
+        return Request(SHOT, parameters, inputs, f"{self.label}/shot")
 
     def _finished(self) -> tuple[dict[str, Reference], Reference] | None:
         """All results by name and the record of the shot, if nothing is missing and its weights can be read."""
         found = self._lookup(self._request())
-        if found is None or not all(self.store.has_payload(key) for key, _ in found.attributes["updates"]):
+        if found is None or not all(self.store.has_payload(part.key) for part in self._state_of(found).stored):
             return None
         references = {name: self.store.lookup(key) for name, key in found.attributes["names"].items()}
         there = {name: reference for name, reference in references.items() if reference is not None}
         return (there, found) if len(there) == len(references) else None
 
     def _state_of(self, stored: Reference) -> ModelState:
-        updates = tuple(StoredBlock(*update) for update in stored.attributes["updates"])
-        return ModelState(self.state.checkpoint_digest, updates)
+        return ModelState.from_json(self.state.checkpoint_digest, stored.attributes["state"])
+
+    def _n_live(self, state: ModelState) -> int:
+        """Weights of decoder linears that live in a state."""
+        total = 0
+        for block in set(self.blocks) - set(state.removed):
+            total += self._n_live_of_block(state, block)
+        return total
+
+    def _n_live_of_block(self, state: ModelState, block: int) -> int:
+        update = state.update_of(block)
+        reference = None if update is None else self.store.lookup(update.key)
+        if reference is None:  # as in the checkpoint, or only planned
+            return sum(shape.n_weights for shape in self.context.model.blocks[block])
+        linears = reference.attributes["linears"].values()
+        return int(sum(linear["n_live"] for linear in linears))
 
     def _lookup(self, request: Request) -> Reference | None:
         return self.store.lookup(request.key(self.context))
-
-    def _request(self) -> Request:
-        recipe = asdict(self.recipe) | {"granularity": str(self.recipe.granularity)}
-        stages = [*(STAGES[statistic] for statistic in self.statistics.wanted), COSTS, MASK, UPDATE]
-        stages += [CORRECTION] if self._adapters else []
-        parameters = {
-            "recipe": recipe,
-            "adapters": asdict(self._adapters) if self._adapters else None,
-            "target": self.target,
-            "usage": self.rule.usage.parameters,
-            "batch_size": self.context.batch_size,
-            "versions": {stage.kind: stage.version for stage in stages},
-        }
-        inputs = {"weights": self.state.digest, "calibration": self.calibration.digest}
-        return Request(SHOT, parameters, inputs, f"{self.label}/shot")
-
-    @property
-    def _adapters(self) -> AdapterSettings | None:
-        """How low-rank adapters are trained after the updates; None if they are not."""
-        return self.session.adapters if self.recipe.correction is Correction.ADAPTERS else None
-
-    def _run_tasks(self) -> tuple[dict[str, Reference], Reference]:
-        self.statistics.ensure({b for b in self.blocks if self.statistics.lookup(b) is None}, first=True)
-        works = [self._work(b, self.statistics.lookup(b)) for b in self.blocks]
-        names: dict[str, Reference] = {}
-        for b in self.blocks:
-            names |= self.statistics.references(b)
-        mask = None
-        removals = [Removal(self.target) for _ in works]
-        if self._has_mask:
-            costs = self._costs_for_mask(works)
-            mask = self._task(mask_task, self.context, costs, self.rule, self.label, name=f"{self.label}/mask")
-            names |= {work.name("costs"): ref for work, ref in zip(works, costs, strict=True)}
-            names[f"{self.label}/mask"] = mask
-            removals = [Removal(self.target, cost, mask) for cost in costs]
-        updates = self._updates(works, removals)
-        names |= {work.name("update"): ref for work, ref in zip(works, updates, strict=True)}
-        after = updates
-        if self._adapters:
-            after = self._corrected(updates)
-            names |= {work.name("correction"): ref for work, ref in zip(works, after, strict=True)}
-        facts = self._facts(updates)
-        record = {
-            "names": {name: ref.key for name, ref in names.items()},
-            "updates": [[ref.key, ref.digest] for ref in after],
-            "sparsity": 1.0 - facts["n_live"] / self.context.model.n_weights,
-            "n_removed": mask.attributes["n_removed"] if mask else self._n_live_before() - facts["n_live"],
-            "threshold": mask.attributes["threshold"] if mask else None,
-            "kept": mask.attributes.get("kept") if mask else None,
-            "predicted_cost": facts["predicted_cost"],
-            "convergence": facts["convergence"],
-            "correction": after[0].attributes.get("correction"),
-        }
-        return names, produce(self.context, self._request(), lambda: Product({}, record), self.store).value
-
-    def _work(self, block: int, statistics: Any) -> BlockWork:
-        assert statistics is not None, f"{self.label}: statistics of block {block} are missing"
-        return BlockWork(self.state, block, statistics, self.recipe, self.label)
-
-    def _costs_for_mask(self, works: list[BlockWork]) -> list[Reference]:
-        """Costs of all blocks; those that were dropped are computed again only if there is no mask made from them."""
-        found = [ref for work in works if (ref := self._lookup(cost_request(work)))]
-        if len(found) == len(works) and self._readable(mask_request(found, self.rule, self.label)):
-            self.session.engine.reuse([work.name("costs") for work in works])
-            return found
-        return self._costs(works, {work.block for work in works if not self._readable(cost_request(work))})
-
-    def _costs(self, works: Sequence[BlockWork], missing: set[int]) -> list[Reference]:
-        self.statistics.ensure(missing)
-        return [self._task(cost_task, self.context, work, name=work.name("costs")) for work in works]
-
-    def _updates(self, works: list[BlockWork], removals: list[Removal]) -> list[Reference]:
-        pairs = list(zip(works, removals, strict=True))
-        missing = {work.block for work, removal in pairs if not self._readable(update_request(work, removal))}
-        if self._has_mask and not is_structured(self.recipe.granularity):
-            # The mask of single weights follows from their costs, which may have been dropped.
-            gone = [work for work in works if work.block in missing and not self._readable(cost_request(work))]
-            self._costs(gone, {work.block for work in gone})
-        self.statistics.ensure(missing)
-        return [self._task(update_task, self.context, *pair, name=pair[0].name("update")) for pair in pairs]
-
-    def _corrected(self, updates: list[Reference]) -> list[Reference]:
-        """Weights after training low-rank adapters on all blocks at once."""
-        state, name = self.state.after(updates), f"{self.label}/correction"
-        corrected: list[Reference] = self._task(
-            correction_task, self.context, state, self.calibration, self._adapters, self.label, name=name
-        )
-        return corrected
-
-    def _n_live_before(self) -> int:
-        if not self.state.updates:
-            return self.context.model.n_weights
-        references = [self.store.lookup(block.key) for block in self.state.updates]
-        return int(self._facts([ref for ref in references if ref])["n_live"])
-
-    @staticmethod
-    def _facts(updates: Sequence[Reference]) -> dict[str, Any]:
-        """Sums over all linears of what their updates say."""
-        linears = [linear for ref in updates for linear in ref.attributes["linears"].values()]
-        solved = [linear for linear in linears if "residual" in linear]
-        return {
-            "n_live": sum(linear["n_live"] for linear in linears),
-            "predicted_cost": sum(linear["predicted_cost"] for linear in linears),
-            "convergence": {
-                "linears": len(solved),
-                "not_converged": sum(not linear["converged"] for linear in solved),
-                "worst_residual": max(linear["residual"] for linear in solved),
-                "iterations": sum(linear["iterations"] for linear in solved),
-            }
-            if solved
-            else None,
-        }
-
-    def _task_names(self) -> list[str]:
-        """Names of all tasks of the shot but its evaluation, as far as they always run."""
-        kinds = ("costs", "update") if self._has_mask else ("update",)
-        blocks = [f"{self.label}/block-{b:02d}/{kind}" for kind in kinds for b in self.blocks]
-        whole = ["mask"] * self._has_mask + ["correction"] * (self._adapters is not None)
-        return [*self.statistics.task_names(), *blocks, *(f"{self.label}/{kind}" for kind in whole)]
 
     def _readable(self, request: Request) -> bool:
         return readable(self.store, request.key(self.context)) is not None

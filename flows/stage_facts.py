@@ -33,7 +33,7 @@ def prune_facts(session: Session, shots: Sequence[Shot]) -> dict[str, Any]:
         "parameters": _result_parameters(session),
         "weights_digest": last.state.digest,
         "model_digest": session.checkpoint.digest,
-        "updates": [[block.key, block.digest] for block in last.state.updates],
+        "state": last.state.to_json(),
     }
 
 

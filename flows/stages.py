@@ -29,7 +29,7 @@ from flows.workspace import read_json, write_json
 from surgeon.errors import InputError
 from surgeon.peak import process_peak_gib
 from surgeon.store import Reference, build_view
-from tasks.context import ModelState, StoredBlock
+from tasks.context import ModelState
 from tasks.evaluation import evaluation_task, sample_task
 from tasks.export import export_task
 
@@ -254,13 +254,13 @@ def pruned_state(session: Session) -> ModelState:
         InputError: if the prune stage has not run, or ran on another model.
     """
     facts = stage_facts(session, "prune")
-    updates, source = facts["updates"], facts["parameters"]["model"]["source"]
+    source = facts["parameters"]["model"]["source"]
     if facts["model_digest"] != session.checkpoint.digest:
         raise InputError(
             f"the last prune stage ran on another model ({source!r}, now {session.params.model.source!r}); "
             f"run `surgeon prune` for this one, or give -S model.source={source}"
         )
-    return ModelState(session.checkpoint.digest, tuple(StoredBlock(key, digest) for key, digest in updates))
+    return ModelState.from_json(session.checkpoint.digest, facts["state"])
 
 
 def dense_evaluation(session: Session) -> Reference:

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from flows.prune import shot_of
 from flows.schedule import shot_target
 from flows.session import Session
-from flows.shot import ShotRun, shot_label
+from flows.shot import shot_label
 from surgeon.store import Reference
 from tasks.calibration import sequences_request, windows_request
 from tasks.context import ModelState
@@ -39,7 +40,7 @@ def status_of(session: Session) -> list[dict[str, Any]]:
         if state is None or calibration is None:
             lines.append(_line(label, "not known before the shot above", "the whole shot"))
             continue
-        shot = ShotRun(session, state, calibration, number, target)
+        shot = shot_of(session, state, calibration, number, target)
         state = shot.finished_state()
         if state is not None:
             lines.append(_line(label, "finished", ""))

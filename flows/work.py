@@ -126,7 +126,7 @@ class WorkModel:
     def _loaded(self, state: ModelState, blocks: Sequence[int], opens: int = 1) -> Work:
         """Blocks brought into memory: from the checkpoint, or from the store."""
         n = self._weights(blocks)
-        return self._read(blocks, opens) if state.updates else Work.of(loads=n * self._itemsize)
+        return self._read(blocks, opens) if any(state.updates) else Work.of(loads=n * self._itemsize)
 
     def _read(self, blocks: Sequence[int], opens: int) -> Work:
         """Pruned linears of some blocks read from the store."""

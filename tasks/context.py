@@ -1,8 +1,8 @@
 """What every task needs to know: the store, the model and how to execute. Small, picklable, no tensors."""
 
 import hashlib
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,7 @@ class Context:
 
 @dataclass(frozen=True)
 class StoredBlock:
-    """Where the pruned weights of one block are: key and content digest of an update object."""
+    """Where changed weights are: key and content digest of an object, of one block or of what is outside the blocks."""
 
     key: str
     digest: str
@@ -164,21 +164,77 @@ class StoredBlock:
 
 @dataclass(frozen=True)
 class ModelState:
-    """A model on its way: the checkpoint, and for each block the update that replaces its linears (none: dense)."""
+    """A model on its way from the dense checkpoint to a smaller one.
+
+    Attributes:
+        checkpoint_digest: of the dense checkpoint.
+        updates: for each block the object that replaces its tensors; None where they are those of the checkpoint. Empty
+            if that is so for all blocks.
+        removed: indices of blocks that are gone whole, ascending.
+        trunk: tensors outside the blocks that have changed (embeddings, final norm, head); None if none have.
+    """
 
     checkpoint_digest: str
-    updates: tuple[StoredBlock, ...] = ()
+    updates: tuple[StoredBlock | None, ...] = ()
+    removed: tuple[int, ...] = ()
+    trunk: StoredBlock | None = None
 
-    def after(self, updates: list[Reference]) -> "ModelState":
+    def after(self, updates: Sequence[Reference]) -> "ModelState":
         """The state in which every block has been updated."""
-        return ModelState(self.checkpoint_digest, tuple(StoredBlock(ref.key, ref.digest) for ref in updates))
+        return replace(self, updates=tuple(StoredBlock(ref.key, ref.digest) for ref in updates))
+
+    def without(self, blocks: Collection[int]) -> "ModelState":
+        """The state without some more blocks."""
+        return replace(self, removed=tuple(sorted({*self.removed, *blocks})))
+
+    def update_of(self, block: int) -> StoredBlock | None:
+        """The object that replaces the tensors of a block; None where they are those of the checkpoint."""
+        return self.updates[block] if self.updates else None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is the model of the checkpoint."""
+        return not self.removed and self.trunk is None and not any(self.updates)
 
     @property
     def digest(self) -> str:
         """Digest of all weights of the model."""
-        parts = [self.checkpoint_digest, *(block.digest for block in self.updates)]
+        parts = [self.checkpoint_digest, *(block.digest if block else "" for block in self.updates)]
+        if self.removed:
+            parts.append(f"without {self.removed}")
+        if self.trunk is not None:
+            parts.append(f"trunk {self.trunk.digest}")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def block_digest(self, index: int) -> str:
         """Digest of what the weights of one block are made of."""
-        return self.updates[index].digest if self.updates else self.checkpoint_digest
+        update = self.update_of(index)
+        return self.checkpoint_digest if update is None else update.digest
+
+    @property
+    def stored(self) -> list[StoredBlock]:
+        """All stored objects that it is made of."""
+        return [stored for stored in (*self.updates, self.trunk) if stored is not None]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain JSON, but for the checkpoint."""
+
+        def plain(stored: StoredBlock | None) -> list[str] | None:
+            return None if stored is None else [stored.key, stored.digest]
+
+        return {
+            "updates": [plain(stored) for stored in self.updates],
+            "removed": list(self.removed),
+            "trunk": plain(self.trunk),
+        }
+
+    @classmethod
+    def from_json(cls, checkpoint_digest: str, value: Mapping[str, Any]) -> "ModelState":
+        """The state that `to_json` wrote down."""
+
+        def stored(pair: Sequence[str] | None) -> StoredBlock | None:
+            return None if pair is None else StoredBlock(*pair)
+
+        return cls(
+            checkpoint_digest, tuple(map(stored, value["updates"])), tuple(value["removed"]), stored(value["trunk"])
+        )

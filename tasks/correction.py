@@ -52,7 +52,7 @@ def correction_task(
     Raises:
         ValueError: if nothing of the state was pruned yet.
     """
-    if not state.updates:
+    if not any(state.updates):
         raise ValueError("a state without updates has nothing to correct")
 
     def compute(missing: Collection[int]) -> dict[int, Callable[[], Product]]:
@@ -75,7 +75,9 @@ def _live_weights(context: Context, state: ModelState, block: int) -> dict[str, 
 
 def _corrected(context: Context, state: ModelState, block: int, result: AdapterResult) -> Product:
     """The update of a block with other weights; everything else in it stays."""
-    key = state.updates[block].key
+    update = state.update_of(block)
+    assert update is not None, "every block has been updated before it is corrected"
+    key = update.key
     arrays: dict[str, Any] = read_arrays(context, key)
     attributes = Store(context.store).open(key).attributes
     linears = {}

@@ -61,7 +61,7 @@ def export_task(
     identity = {"weights_digest": state.digest, "dtype": dtype}
     if is_exported(destination, record) and (found := read_record(destination)) is not None:
         return Outcome({**identity, **found["facts"]}, cached=True, seconds=0.0)
-    if not state.updates:
+    if state.is_dense:
         raise ExportError("nothing has been pruned yet, so there is nothing to export; run the prune stage first")
     start = begin()
     checkpoint = context.model.checkpoint

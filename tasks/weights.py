@@ -10,9 +10,14 @@ from torch import Tensor
 
 from surgeon.models import WeightFiles
 from surgeon.passes.blockwise import BlockwiseModel, no_overrides
-from surgeon.pruning.linear import PrunedLinear
+from surgeon.pruning.linear import LiveSet, PrunedLinear
+from surgeon.shrinking import ShrunkModel, shrink
 from surgeon.store import Store
 from tasks.context import Context, ModelState, split_columns, split_rows
+from tasks.stage import read_arrays
+
+OTHER = "other/"
+"""Begins the name of an array of a block that is no part of a linear, of a norm say."""
 
 
 def open_model(context: Context, state: ModelState) -> BlockwiseModel:
@@ -21,28 +26,42 @@ def open_model(context: Context, state: ModelState) -> BlockwiseModel:
         context.model.checkpoint,
         dtype=context.model.torch_dtype,
         device=context.device,
-        overrides=partial(block_tensors, context, state) if state.updates else no_overrides,
+        overrides=partial(block_tensors, context, state) if any(state.updates) else no_overrides,
+        removed=state.removed,
+        trunk=trunk_tensors(context, state),
     )
 
 
 def block_tensors(context: Context, state: ModelState, block: int) -> Mapping[str, Tensor]:
-    """Pruned weights and biases of a block by their full name, "model.layers.7.mlp.up_proj.weight" say; float32."""
-    stored = Store(context.store).open(state.updates[block].key)
+    """Changed tensors of a block by their full name, "model.layers.7.mlp.up_proj.weight" say; float32."""
+    update = state.update_of(block)
+    if update is None:
+        return {}
+    stored = Store(context.store).open(update.key)
     prefix = f"{context.model.blocks_path}.{block}"
-    return {
+    tensors = {
         f"{prefix}.{linear.name}.{part}": torch.from_numpy(stored.array(f"{linear.name}/{part}"))
         for linear in context.model.blocks[block]
         for part in (("weight", "bias") if linear.has_bias else ("weight",))
     }
+    others = [name for name in stored.names() if name.startswith(OTHER)]
+    return tensors | {f"{prefix}.{name.removeprefix(OTHER)}": torch.from_numpy(stored.array(name)) for name in others}
+
+
+def trunk_tensors(context: Context, state: ModelState) -> Mapping[str, Tensor]:
+    """Changed tensors outside the blocks by their full name; float32."""
+    if state.trunk is None:
+        return {}
+    return {name: torch.from_numpy(array) for name, array in read_arrays(context, state.trunk.key).items()}
 
 
 def read_linears(context: Context, state: ModelState, block: int) -> dict[str, PrunedLinear]:
     """The linears of one block with their live sets, float32, in module order, on the context's device."""
     shapes = context.model.blocks[block]
     names = [f"{context.model.blocks_path}.{block}.{shape.name}" for shape in shapes]
-    if state.updates:
+    if (update := state.update_of(block)) is not None:
         tensors = block_tensors(context, state, block)
-        stored = Store(context.store).open(state.updates[block].key)
+        stored = Store(context.store).open(update.key)
         packed = set(stored.names())
     else:
         parts = [f"{n}.weight" for n in names] + [f"{n}.bias" for n, s in zip(names, shapes, strict=True) if s.has_bias]
@@ -62,16 +81,37 @@ def read_linears(context: Context, state: ModelState, block: int) -> dict[str, P
 def read_live(context: Context, state: ModelState, block: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Live rows `[n_out]` and columns `[n_in]` of the linears of one block, bool, on the CPU; no weights are read."""
     shapes = context.model.blocks[block]
-    if not state.updates:
+    if (update := state.update_of(block)) is None:
         whole = [(torch.ones(s.n_out, dtype=torch.bool), torch.ones(s.n_in, dtype=torch.bool)) for s in shapes]
         return {shape.name: sets for shape, sets in zip(shapes, whole, strict=True)}
-    stored = Store(context.store).open(state.updates[block].key)
+    stored = Store(context.store).open(update.key)
     rows = split_rows(shapes, stored.array("live_rows"))
     columns = split_columns(shapes, stored.array("live_columns"))
     return {
         shape.name: (torch.from_numpy(r), torch.from_numpy(c))
         for shape, r, c in zip(shapes, rows, columns, strict=True)
     }
+
+
+def read_live_sets(context: Context, state: ModelState, block: int) -> dict[str, LiveSet]:
+    """What of the linears of one block lives, single weights too; no weights are read."""
+    sets = read_live(context, state, block)
+    update = state.update_of(block)
+    if update is None:
+        return {name: LiveSet(rows, columns) for name, (rows, columns) in sets.items()}
+    stored = Store(context.store).open(update.key)
+    packed = set(stored.names())
+    result = {}
+    for shape in context.model.blocks[block]:
+        part = f"{shape.name}/live"
+        weights = unpacked_live(stored.array(part), shape.n_in) if part in packed else None
+        result[shape.name] = LiveSet(*sets[shape.name], weights)
+    return result
+
+
+def open_shrunk(context: Context, state: ModelState) -> ShrunkModel:
+    """The model of a state as a whole in memory, physically smaller where whole units or blocks are gone."""
+    return shrink(open_model(context, state), partial(read_live_sets, context, state))
 
 
 def packed_live(live: Tensor) -> NDArray[np.uint8]:

@@ -113,7 +113,7 @@ def shrink(model: nn.Module, pruned: Any) -> None:
             parent, _, last = name.rpartition(".")
             setattr(block.get_submodule(parent), last, _replacement(block.get_submodule(name), sizes))
         if pruned["attention"] is not None:
-            _set_heads(block, pruned["attention"]["module"], pruned["attention"]["output"], *layer["heads"])
+            set_heads(block, pruned["attention"]["module"], pruned["attention"]["output"], *layer["heads"])
 
 
 def _replacement(linear: nn.Module, sizes: list[int]) -> nn.Module:
@@ -130,7 +130,8 @@ def _replacement(linear: nn.Module, sizes: list[int]) -> nn.Module:
     return new.to(linear.weight.dtype)
 
 
-def _set_heads(block: nn.Module, name: str, output: str, n_query_heads: int, n_kv_heads: int) -> None:
+def set_heads(block: nn.Module, name: str, output: str, n_query_heads: int, n_kv_heads: int) -> None:
+    """Tells the attention of a block how many heads its linears have; without heads, a constant takes its place."""
     attention = block.get_submodule(name)
     if n_kv_heads == 0:
         setattr(block, name, WithoutHeads(attention.layer_idx, output, attention.get_submodule(output)))  # type: ignore[arg-type]

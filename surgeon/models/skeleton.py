@@ -126,7 +126,13 @@ def unload(module: nn.Module) -> None:
             setattr(owner, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
 
 
-def load_trunk(model: PreTrainedModel, architecture: Architecture, weights: WeightFiles, dtype: torch.dtype) -> None:
+def load_trunk(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    weights: WeightFiles,
+    dtype: torch.dtype,
+    overrides: Mapping[str, Tensor] | None = None,
+) -> None:
     """Loads everything outside the blocks (embeddings, final norm, head) and ties what is tied.
 
     Args:
@@ -134,19 +140,27 @@ def load_trunk(model: PreTrainedModel, architecture: Architecture, weights: Weig
         architecture: Its structure.
         weights: Where the tensors are read from.
         dtype: Type of the parameters.
+        overrides: Tensors by full name that take the place of stored ones. They are copied.
 
     Raises:
-        ModelError: Tensors are missing or have other shapes than the model (in its blocks too).
+        ModelError: Tensors are missing or have other shapes than the model (in its blocks too), or an override names no
+            tensor outside the blocks.
     """
     weights.matches(model)
     inside = f"{architecture.blocks_path}."
     trunk = {name for name in model.state_dict() if not name.startswith(inside)}
-    stored = [name for name in trunk if weights.has(name)]
-    tensors = weights.read(stored, dtype)
+    replaced = overrides or {}
+    # Of tensors that are tied together the one that is replaced counts, whichever is stored.
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True).items() if replaced else ()
+    superseded = {a for pair in tied for a, b in (pair, pair[::-1]) if b in replaced and a not in replaced}
+    stored = [name for name in trunk if weights.has(name) and name not in superseded]
+    _check_overrides(replaced, {name: model.state_dict()[name] for name in trunk}, "the trunk")
+    tensors = weights.read((name for name in stored if name not in replaced), dtype)
+    tensors |= {name: value.detach().to(dtype=dtype, copy=True) for name, value in replaced.items()}
     with REGISTERING:
         model.load_state_dict(tensors, strict=False, assign=True)
         # Given what is missing, transformers ties as it does when loading a model, in whichever direction works.
-        model.tie_weights(missing_keys=trunk - set(stored))
+        model.tie_weights(missing_keys=trunk - set(stored) - set(replaced))
 
 
 def _check_overrides(replaced: Mapping[str, Tensor], expected: Mapping[str, Tensor], prefix: str) -> None:

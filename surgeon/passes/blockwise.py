@@ -10,15 +10,17 @@ So no model code is copied, and new families and releases keep working.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from surgeon.errors import ModelError
 from surgeon.models import (
     Architecture,
     Checkpoint,
@@ -73,6 +75,8 @@ class BlockwiseModel:
         dtype: of weights and passes.
         device: where passes run.
         overrides: pruned weights that replace those of the checkpoint, by block.
+        removed: blocks that are gone: hidden states pass by them, and their weights are never read.
+        trunk: tensors outside the blocks that replace those of the checkpoint, by full name.
 
     Attributes:
         model: the transformers model; parameters of blocks that are not loaded are on the meta device.
@@ -86,6 +90,8 @@ class BlockwiseModel:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         overrides: Overrides = no_overrides,
+        removed: Collection[int] = (),
+        trunk: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self.dtype = dtype
         self.device = device
@@ -93,12 +99,18 @@ class BlockwiseModel:
         self.weights = WeightFiles(checkpoint)
         self.model = build_skeleton(checkpoint, dtype)
         self.architecture: Architecture = discover(self.model)
-        load_trunk(self.model, self.architecture, self.weights, dtype)
+        self.removed = frozenset(removed)
+        if len(self.removed) == self.n_blocks:
+            raise ModelError(f"all {self.n_blocks} blocks are removed; at least one must stay")
+        load_trunk(self.model, self.architecture, self.weights, dtype, trunk)
         self._to_device(self.model)
         self._returns_tuple = False
         self._loaded: set[int] = set()
-        with self.loaded(range(1)):
+        self._first = min(set(range(self.n_blocks)) - self.removed)
+        with self.loaded(range(self._first, self._first + 1)):
             self._shared = self._probe()
+        for index in self.removed:
+            self._make_pass_by(index)
 
     @property
     def n_blocks(self) -> int:
@@ -110,7 +122,9 @@ class BlockwiseModel:
         return self.architecture.block(self.model, index)
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
-        """The linears of one block by their name within it."""
+        """The linears of one block by their name within it; none of a removed one."""
+        if index in self.removed:
+            return {}
         return {
             name: self.architecture.linear(self.model, index, name) for name in self.architecture.linear_names(index)
         }
@@ -122,23 +136,30 @@ class BlockwiseModel:
         everywhere and only computes some factors more than once.
         """
         names = self.architecture.linear_names(index)
-        return self._shared if names == self.architecture.linear_names(0) else tuple((name,) for name in names)
+        if index in self.removed:
+            return ()
+        alike = names == self.architecture.linear_names(self._first)
+        return self._shared if alike else tuple((name,) for name in names)
 
     @contextmanager
     def loaded(self, blocks: range) -> Iterator[None]:
         """Holds the weights of some blocks in memory, and drops those that were not there before at the end."""
-        fresh = [index for index in blocks if index not in self._loaded]
+        fresh = [index for index in blocks if index not in self._loaded and index not in self.removed]
         for index in fresh:
-            block = self.block(index)
-            load_into(block, self.prefix(index), self.weights, self.dtype, self.overrides(index))
-            self._to_device(block)
-            self._loaded.add(index)
+            self.load(index)
         try:
             yield
         finally:
             for index in fresh:
                 unload(self.block(index))
                 self._loaded.discard(index)
+
+    def load(self, index: int) -> None:
+        """Reads the weights of one block, which stay in memory."""
+        block = self.block(index)
+        load_into(block, self.prefix(index), self.weights, self.dtype, self.overrides(index))
+        self._to_device(block)
+        self._loaded.add(index)
 
     def prefix(self, index: int) -> str:
         """Dotted path of a block, for example "model.layers.7"."""
@@ -166,7 +187,9 @@ class BlockwiseModel:
         return Embedded(found[0], calls)
 
     def run_block(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
-        """Runs one loaded block on hidden states `[n_sequences, length, width]`."""
+        """Runs one loaded block on hidden states `[n_sequences, length, width]`; they pass by a removed one."""
+        if index in self.removed:
+            return hidden
         output = self.block(index)(hidden, *call.args, **call.kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
@@ -192,11 +215,14 @@ class BlockwiseModel:
         return logits
 
     def _probe(self) -> tuple[tuple[str, ...], ...]:
-        """Runs the loaded first block once: what form it returns, and which linears share an input."""
+        """Runs the first block that is there once: what form it returns, and which linears share an input."""
         length = 2
+        first = self.block(self._first)
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-        def catch(_index: int, *args: Any, **kwargs: Any) -> Any:
+        def catch(index: int, *args: Any, **kwargs: Any) -> Any:
+            if index < self._first:
+                return self._as_returned(self._split(index, args, kwargs)[0])
             calls.append((args, kwargs))
             raise _StopForward
 
@@ -206,9 +232,13 @@ class BlockwiseModel:
             args, kwargs = calls[0]
 
             def run() -> None:
-                self._returns_tuple = isinstance(self.block(0)(*args, **kwargs), tuple)
+                self._returns_tuple = isinstance(first(*args, **kwargs), tuple)
 
-            return shared_inputs(self.block(0), run, self.architecture.linear_names(0))
+            return shared_inputs(first, run, self.architecture.linear_names(self._first))
+
+    def _make_pass_by(self, index: int) -> None:
+        block = self.block(index)
+        block.forward = partial(_pass_by, _hidden_name(block), self._returns_tuple)
 
     def _as_returned(self, hidden: Tensor) -> Any:
         return (hidden,) if self._returns_tuple else hidden
@@ -217,7 +247,7 @@ class BlockwiseModel:
         """Separates the hidden states (first parameter of the block's forward) from the other arguments."""
         if args:
             return args[0], BlockCall(tuple(args[1:]), kwargs)
-        first = list(inspect.signature(type(self.block(index)).forward).parameters)[1]
+        first = _hidden_name(self.block(index))
         rest = {name: value for name, value in kwargs.items() if name != first}
         return kwargs[first], BlockCall((), rest)
 
@@ -230,8 +260,10 @@ class BlockwiseModel:
         try:
             yield
         finally:
-            for block in blocks:
+            for index, block in enumerate(blocks):
                 del block.forward
+                if index in self.removed:
+                    self._make_pass_by(index)
 
     def _to_device(self, module: nn.Module) -> None:
         if self.device == "cpu":
@@ -243,3 +275,14 @@ class BlockwiseModel:
             for name, buffer in child._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     child._buffers[name] = buffer.to(self.device)
+
+
+def _hidden_name(block: nn.Module) -> str:
+    """What a block's forward calls the hidden states, its first parameter."""
+    return list(inspect.signature(type(block).forward).parameters)[1]
+
+
+def _pass_by(name: str, returns_tuple: bool, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for the forward of a removed block: gives the hidden states back."""
+    hidden = args[0] if args else kwargs[name]
+    return (hidden,) if returns_tuple else hidden

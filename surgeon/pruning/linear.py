@@ -7,6 +7,19 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class LiveSet:
+    """What of a linear lives; attributes as those of `PrunedLinear`, on the CPU."""
+
+    rows: Tensor
+    columns: Tensor
+    weights: Tensor | None = None
+
+    def alive(self) -> Tensor:
+        """Which weights live, `[n_out, n_in]` bool."""
+        return self.rows[:, None] & self.columns[None, :] if self.weights is None else self.weights
+
+
+@dataclass(frozen=True)
 class PrunedLinear:
     """A linear and what of it lives. Everything else is exactly zero.
 
