@@ -132,7 +132,8 @@ def round_candidates(
     else:
         dense = [float(rule.usage.of(part.sub)[-1]) for part in parts]
         shares = [1.0 - (1.0 - rule.target) * all_ / float(own[-1]) for own, all_ in zip(usage, dense, strict=True)]
-    return [candidates_of(own, *_wanted(*known)) for own, *known in zip(scores, shares, usage, permitted, strict=True)]
+    wanted = [_wanted(s, u, p) for s, u, p in zip(shares, usage, permitted, strict=True)]
+    return [candidates_of(own, *pair) for own, pair in zip(scores, wanted, strict=True)]
 
 
 def _wanted(share: float, usage: FloatArray, permitted: NDArray[np.bool_]) -> tuple[float, int]:
@@ -157,6 +158,7 @@ class OpenRound:
     """
 
     model: nn.Module
+    live: list[LivePart]
     parts: list[MaskedPart]
     tokens: TokenArray
     inputs: list[Tensor]
