@@ -61,6 +61,10 @@ class NonFiniteError(SurgeonError):
     """A NaN or an infinity appeared; the message names block, linear and sequence."""
 
 
+class MemoryShortageError(SurgeonError):
+    """A computation ran out of memory; the message names the settings to lower. What was finished before is kept."""
+
+
 class NumericalError(SurgeonError):
     """A factorisation failed although damping was escalated as far as allowed."""
 
