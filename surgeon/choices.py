@@ -4,11 +4,15 @@ from enum import StrEnum
 
 
 class Method(StrEnum):
-    """A named way to choose what goes and to adapt the rest: a preset of curvature, cost, update and allocation.
+    """A named way to choose what goes and to adapt the rest.
+
+    All but the last two are presets of curvature, cost, update and allocation. `layerchop` removes whole blocks;
+    `bonsai` learns from masked sub-models, with forward passes alone, which units matter.
 
     Reference: van der Ouderaa et al. 2024, *The LLM Surgeon* (`llm-surgeon`; `k-obd` and `l-obd` are its baselines with
     and without gradients); Han et al. 2015 (`magnitude`); Sun et al. 2024, *Wanda* (`wanda`); Frantar & Alistarh 2023,
-    *SparseGPT* (`sparsegpt`).
+    *SparseGPT* (`sparsegpt`); Jha et al. 2023, *Just CHOP* (`layerchop`); Dery et al. 2024, *Everybody Prune
+    Now* (`bonsai`).
     """
 
     LLM_SURGEON = "llm-surgeon"
@@ -17,13 +21,15 @@ class Method(StrEnum):
     MAGNITUDE = "magnitude"
     WANDA = "wanda"
     SPARSEGPT = "sparsegpt"
+    LAYERCHOP = "layerchop"
+    BONSAI = "bonsai"
 
 
 class Structure(StrEnum):
     """What is removed: coupled units of a block; or of a linear rows (outputs), columns (inputs), both, or weights.
 
-    Units are MLP neurons and key/value groups, each with everything that makes and reads it: without them a model is
-    smaller.
+    Or whole blocks. Units are MLP neurons and key/value groups, each with everything that makes and reads it: without
+    them a model is smaller.
     """
 
     UNITS = "units"
@@ -31,6 +37,7 @@ class Structure(StrEnum):
     COLUMNS = "columns"
     ROWS_AND_COLUMNS = "rows-and-columns"
     WEIGHTS = "weights"
+    BLOCKS = "blocks"
 
 
 class Widths(StrEnum):
