@@ -29,11 +29,11 @@ class ModelCounts:
 
 
 def count_model(model: BlockwiseModel) -> ModelCounts:
-    """Counts a model, loading one block at a time."""
+    """Counts a model, loading one block at a time; blocks that are gone do not count."""
     in_blocks = {id(p) for index in range(model.n_blocks) for p in model.block(index).parameters()}
     parameters, nonzero, size = _tally(p for p in _unique(model.model.parameters()) if id(p) not in in_blocks)
     linear_weights = linear_nonzero = 0
-    for index in range(model.n_blocks):
+    for index in sorted(set(range(model.n_blocks)) - model.removed):
         with model.loaded(range(index, index + 1)):
             counts = _tally(model.block(index).parameters())
             parameters, nonzero, size = parameters + counts[0], nonzero + counts[1], size + counts[2]

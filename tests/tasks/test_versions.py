@@ -8,6 +8,7 @@ from tests.tasks.numerics import current, recorded, source_digest, stage_digest,
 KINDS = (
     *("boundary", "gradient", "input-factors", "output-factors", "diagonal", "loss-gradient"),
     *("moments", "kronecker-terms", "costs", "mask", "update", "correction"),
+    *("similarity", "sub-layer-similarity", "removal-losses", "block-cost", "selection", "dropped"),
     *("evaluation", "sample", "sequences", "windows", "shot", "block-times", "spectra"),
 )
 
