@@ -169,6 +169,52 @@ class Correction(StrEnum):
     NEWTON = "newton"
 
 
+class Prior(StrEnum):
+    """What Bonsai knows of a unit before any sub-model has run; x is the input of the output linear, W its weight.
+
+    `wanda` is ``mean |W| · sqrt(mean x²)``, `magnitude` is ``mean |x|``, `fluctuation` is ``var(x) · ‖W‖²`` by column,
+    and `random` a draw.
+
+    Reference: Dery et al. 2024 (*Everybody Prune Now*), section 3.2; An et al. 2024, *FLAP* (`fluctuation`).
+    """
+
+    WANDA = "wanda"
+    MAGNITUDE = "magnitude"
+    FLUCTUATION = "fluctuation"
+    RANDOM = "random"
+
+
+class Utility(StrEnum):
+    """What a sub-model of Bonsai is worth: minus its loss, nats per token, or minus its perplexity (as published)."""
+
+    NEGATIVE_LOSS = "negative-loss"
+    NEGATIVE_PERPLEXITY = "negative-perplexity"
+
+
+class Solver(StrEnum):
+    """How Bonsai regresses utilities on masks: ridge in closed form, or gradient descent stopped early (as published).
+
+    Reference: Dery et al. 2024, section 3.3 and appendix (`adam`); `ridge` is ours.
+    """
+
+    RIDGE = "ridge"
+    ADAM = "adam"
+
+
+class Penalty(StrEnum):
+    """What the solver `adam` of Bonsai punishes: sizes of coefficients, or squares of what they differ from a start."""
+
+    L1 = "l1"
+    L2 = "l2"
+
+
+class Scope(StrEnum):
+    """What one regression of Bonsai explains utilities by: masks of all sub-layers, or of one at a time."""
+
+    GLOBAL = "global"
+    PER_LAYER = "per-layer"
+
+
 class SequenceOrder(StrEnum):
     """Where calibration sequences are cut: from a grid without overlap, or at independent random offsets."""
 
@@ -211,3 +257,38 @@ class Keep(StrEnum):
     LAST = "last"
     ALL = "all"
     NONE = "none"
+
+
+class Recovery(StrEnum):
+    """How a pruned model is trained afterwards: not at all, by low-rank adapters, all of it, or beside the dense model.
+
+    `distill` is `full` with terms that compare the model with the dense one.
+
+    Reference: Jha et al. 2023, *Just CHOP*, sections 3 and 5 (`full`, `distill`); Hu et al. 2022, *LoRA* (`lora`).
+    """
+
+    NONE = "none"
+    LORA = "lora"
+    FULL = "full"
+    DISTILL = "distill"
+
+
+class RecoveryPreset(StrEnum):
+    """How much recovery training there is: a few batches on a processor, a day on a GPU, or as published."""
+
+    SMOKE = "smoke"
+    SMALL = "small"
+    PAPER = "paper"
+
+
+class LossTerm(StrEnum):
+    """A term of the loss of recovery: next tokens, or how far the model is from the dense one in what it computes.
+
+    Reference: Jha et al. 2023, *Just CHOP*, section 5 (the comparison with distillation).
+    """
+
+    LM = "lm"
+    KL = "kl"
+    HIDDEN = "hidden"
+    ATTENTION = "attention"
+    EMBEDDING = "embedding"

@@ -9,7 +9,7 @@ KINDS = (
     *("boundary", "gradient", "input-factors", "output-factors", "diagonal", "loss-gradient"),
     *("moments", "kronecker-terms", "costs", "mask", "update", "correction"),
     *("similarity", "sub-layer-similarity", "removal-losses", "block-cost", "selection", "dropped"),
-    *("evaluation", "sample", "sequences", "windows", "shot", "block-times", "spectra"),
+    *("evaluation", "task-scores", "sample", "sequences", "windows", "shot", "block-times", "spectra"),
 )
 
 
