@@ -1,6 +1,7 @@
 """The section `prune.bonsai`: how many sub-models are run, on what, and what is made of their losses."""
 
-from typing import Annotated, Self
+from dataclasses import asdict
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -73,6 +74,13 @@ class BonsaiParams(Section):
             seed=seed,
         )
 
+    def resolved(self) -> dict[str, Any]:
+        """The same as plain JSON; null where a parameter has no effect."""
+        given = asdict(self.settings(seed=0))
+        unused = {"seed"} | ({"utility", "solver", "scope", "penalty"} if not self.sub_models else set())
+        unused |= {"penalty"} if given["solver"] is not Solver.ADAM else set()
+        return {name: None if name in unused else value for name, value in given.items() if name != "seed"}
+
     def require_comparable(self, recipe: Recipe) -> None:
         """Refuses to compare priors of different sub-layers, which have no common scale.
 
@@ -84,13 +92,13 @@ class BonsaiParams(Section):
             return
         if units.widths is Widths.FREE and recipe.allocation is Allocation.GLOBAL:
             raise ParameterError(
-                "prune.bonsai.sub_models: 0 leaves the prior alone, which does not compare between sub-layers; use "
-                f"prune.allocation={Allocation.PER_LAYER}, prune.widths={Widths.UNIFORM}, or ask for sub-models"
+                "bonsai.sub_models: 0 leaves the prior alone, which does not compare between sub-layers; use "
+                f"allocation: {Allocation.PER_LAYER}, widths: {Widths.UNIFORM}, or ask for sub-models"
             )
         if units.widths is Widths.UNIFORM and units.heads:
             raise ParameterError(
-                "prune.bonsai.sub_models: 0 leaves the prior alone, which does not compare between neurons and "
-                "key/value groups; use prune.heads=false, or ask for sub-models"
+                "bonsai.sub_models: 0 leaves the prior alone, which does not compare between neurons and "
+                "key/value groups; use heads: false, or ask for sub-models"
             )
 
     def require_sequences(self, n_sequences: int) -> None:

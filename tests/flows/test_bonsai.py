@@ -218,8 +218,8 @@ def test_the_prior_alone(runs: Runs) -> None:
 @pytest.mark.parametrize(
     ("settings", "prune", "message"),
     [
-        ({"sub_models": 0}, FREE, r"sub_models: 0 leaves the prior alone.*allocation=per-layer, prune.widths=uniform"),
-        ({"sub_models": 0}, {"heads": True}, r"between neurons and key/value groups; use prune.heads=false"),
+        ({"sub_models": 0}, FREE, r"sub_models: 0 leaves the prior alone.*allocation: per-layer, widths: uniform"),
+        ({"sub_models": 0}, {"heads": True}, r"between neurons and key/value groups; use heads: false"),
         ({"sequences": 7}, {}, r"sequences: got 7, but calibrate.sequences is 6"),
     ],
 )
