@@ -96,8 +96,12 @@ def settings_of(session: Session) -> BenchmarkSettings:
     )
 
 
-def exported_now(session: Session) -> dict[str, Any]:
+def exported_now(session: Session, other: str = "surgeon benchmark MODEL") -> dict[str, Any]:
     """What the exported weights and the dense model are, by their digests.
+
+    Args:
+        session: whose export.
+        other: the command that needs none.
 
     Raises:
         InputError: nothing was exported yet.
@@ -106,7 +110,7 @@ def exported_now(session: Session) -> dict[str, Any]:
     if record is None:
         raise InputError(
             f"{session.workspace.export} holds no export to measure: run `surgeon export` first (`surgeon run` does "
-            "everything), or name a model: `surgeon benchmark MODEL`"
+            f"everything), or name a model: `{other}`"
         )
     files = {name: sha for name, sha in record["files"].items() if name.endswith(_WEIGHTS) or name == CONFIG_NAME}
     return {"export": files, "dense": session.checkpoint.digest}

@@ -166,12 +166,17 @@ def plan_runs(spec: CompareSpec, source: Path, params_file: Path | None, overrid
 
 def shots_of(run: Run) -> list[int]:
     """For each cell that a run fills, the shot after which its sparsity is reached; 0 if none is."""
-    prune = run.params.prune
-    targets = [shot_target(prune.target_sparsity, number, prune.shots) for number in range(1, prune.shots + 1)]
+    targets = _schedule(run)
     return [
         next((n for n, target in enumerate(targets, start=1) if abs(target - sparsity) < _SAME_TARGET), 0)
         for sparsity in run.sparsities
     ]
+
+
+def _schedule(run: Run) -> list[float]:
+    target = run.params.prune.target_sparsity
+    n_shots = run.params.prune.n_shots(target)
+    return [shot_target(target, number, n_shots) for number in range(1, n_shots + 1)]
 
 
 def _require_unique(what: str, names: list[str]) -> None:
@@ -181,12 +186,11 @@ def _require_unique(what: str, names: list[str]) -> None:
 
 
 def _require_on_schedule(run: Run, where: str) -> None:
-    prune = run.params.prune
     if 0 in (shots := shots_of(run)):
         missed = ", ".join(percent(s) for s, shot in zip(run.sparsities, shots, strict=True) if not shot)
-        reached = [shot_target(prune.target_sparsity, number, prune.shots) for number in range(1, prune.shots + 1)]
+        reached = _schedule(run)
         raise ParameterError(
-            f"{where}: from_shots: {prune.shots} shots to {percent(run.sparsities[-1])} pass through "
+            f"{where}: from_shots: {len(reached)} shots to {percent(run.sparsities[-1])} pass through "
             f"{', '.join(map(percent, reached))}, not through {missed}; choose prune.shots to hit all of them, or "
             "leave from_shots out, for a run to each"
         )

@@ -19,9 +19,28 @@ from tasks.correction import correction_requests, correction_task
 from tasks.costs import cost_request, cost_task
 from tasks.curvature import boundary_request
 from tasks.evaluation import evaluation_request, evaluation_task, sample_request, sample_task
+from tasks.layer_costs import BLOCK_COST, block_cost_request, block_cost_task
+from tasks.layers import (
+    REMOVAL_LOSSES,
+    losses_request,
+    losses_task,
+    similarity_request,
+    similarity_task,
+    sub_layer_request,
+    sub_layer_task,
+)
 from tasks.mask import MASK, mask_request, mask_task
 from tasks.measuring import boundary_task, curvature_requests, curvature_task
 from tasks.refining import kronecker_terms_task, moments_task, refining_requests
+from tasks.selection import (
+    DROPPED,
+    SELECTION,
+    dropped_requests,
+    dropped_task,
+    promised_selection,
+    selection_request,
+    selection_task,
+)
 from tasks.spectra import Here, spectrum_request, spectrum_task
 from tasks.stage import Outcome, Request, Site, readable
 from tasks.update import UPDATE, update_request, update_task
@@ -135,6 +154,11 @@ _SINGLE: Mapping[Callable[..., Any], Callable[..., Request]] = {
     evaluation_task: evaluation_request,
     sample_task: sample_request,
     spectrum_task: lambda _store, work: spectrum_request(work),
+    similarity_task: similarity_request,
+    sub_layer_task: sub_layer_request,
+    losses_task: losses_request,
+    block_cost_task: lambda _context, work: block_cost_request(work),
+    selection_task: lambda _context, rule, measured, label: selection_request(rule, measured, label),
 }
 """Tasks of one result, and the request for it from the same arguments."""
 
@@ -147,6 +171,8 @@ def _requests(store: PlannedStore, body: Callable[..., Any], args: tuple[Any, ..
         return False, list(curvature_requests(*args).values())
     if body is correction_task:
         return False, correction_requests(*args)
+    if body is dropped_task:
+        return False, dropped_requests(*args[1:])
     second = {moments_task: Statistic.MOMENTS, kronecker_terms_task: Statistic.KRONECKER_TERMS}
     context, measured, work = args
     return False, list(refining_requests(context, measured, second[body], work.blocks, store).values())
@@ -157,4 +183,10 @@ def _attributes(request: Request, context: Site) -> dict[str, Any]:
     if request.stage is MASK and isinstance(context, Context):
         blocks = [promised_digest(f"{request.key(context)}-{block}") for block in range(context.model.n_blocks)]
         return {"blocks": blocks, "n_removed": 0, "threshold": None}
-    return {"linears": {}} if request.stage is UPDATE else {}
+    if request.stage is SELECTION:
+        return promised_selection(request.parameters)
+    if request.stage is REMOVAL_LOSSES and isinstance(context, Context):
+        return {"losses": [0.0] * context.model.n_blocks}
+    if request.stage is BLOCK_COST:
+        return {"score": 0.0}
+    return {"linears": {}} if request.stage in (UPDATE, DROPPED) else {}

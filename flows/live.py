@@ -58,11 +58,11 @@ class LiveShare:
 
     @cached_property
     def _before(self) -> float:
-        return shot_target(self.session.goal.fraction, self.number - 1, self.session.params.prune.shots)
+        return shot_target(self.session.goal.fraction, self.number - 1, self.session.n_shots)
 
     @cached_property
     def _after(self) -> float:
-        return shot_target(self.session.goal.fraction, self.number, self.session.params.prune.shots)
+        return shot_target(self.session.goal.fraction, self.number, self.session.n_shots)
 
     @cached_property
     def _going(self) -> float:

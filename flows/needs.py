@@ -22,8 +22,11 @@ from tasks.correction import correction_task
 from tasks.costs import cost_task
 from tasks.evaluation import evaluation_task, sample_task
 from tasks.export import export_task
+from tasks.layer_costs import block_cost_task
+from tasks.layers import losses_task, similarity_task, sub_layer_task
 from tasks.measuring import curvature_task
 from tasks.refining import kronecker_terms_task, moments_task
+from tasks.selection import dropped_task
 from tasks.update import update_task
 
 GIB = 2**30
@@ -117,10 +120,29 @@ def _by_body(session: Session) -> dict[Any, Callable[[], float]]:
         evaluation_task: lambda: estimate.evaluation_gib,
         cost_task: lambda: solve,
         update_task: lambda: solve,
+        similarity_task: lambda: estimate.evaluation_gib + _last_states_gib(session),
+        sub_layer_task: lambda: estimate.evaluation_gib,
+        losses_task: lambda: estimate.evaluation_gib + _branches_gib(session),
+        block_cost_task: lambda: solve,
+        dropped_task: lambda: solve,
         sample_task: lambda: whole,
         block_times_task: lambda: estimate.evaluation_gib,
         export_task: lambda: estimate.trunk / GIB + 3 * estimate.weights / GIB / session.context.blocks_per_group,
     }
+
+
+def _last_states_gib(session: Session) -> float:
+    """The hidden state of every sequence's last token at every block, twice, in float64."""
+    model = session.model
+    return 2 * 8 * session.params.calibrate.sequences * (model.n_blocks + 1) * model.width / GIB
+
+
+def _branches_gib(session: Session) -> float:
+    """Hidden states of all sequences once for each block of a group, as they enter and leave the groups after it."""
+    model, given, groups = session.model, session.params.calibrate, session.context.groups
+    if len(groups) == 1:
+        return 0.0
+    return 2 * 4 * len(groups[0]) * given.sequences * given.length * model.width / GIB
 
 
 def _adapters_gib(session: Session) -> float:
@@ -204,6 +226,10 @@ _ADVICE = {
     "prune: costs": _SOLVED,
     "prune: update": _SOLVED,
     "prune: evaluation": _BATCH.format("evaluate"),
+    "prune: similarity": _BATCH.format("calibrate"),
+    "prune: sub-layer-similarity": _BATCH.format("calibrate"),
+    "prune: removal-losses": _BATCH.format("calibrate"),
+    "prune: block-cost": _SOLVED,
 }
 _WHOLE = "The whole model is in memory there: use model.dtype=bfloat16 or prune.correction=none, or give more memory."
 _CHILD_ADVICE = {

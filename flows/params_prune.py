@@ -4,6 +4,7 @@ What a method decides is null by default. A value that is given must be possible
 out when the parameters are loaded; `PruneParams.recipe` is what they come down to.
 """
 
+import math
 import re
 from dataclasses import replace
 from typing import Annotated, Any, Self
@@ -35,13 +36,20 @@ STRUCTURED_SPARSITY = 0.2
 """Default sparsity where whole rows, columns or units go."""
 WEIGHTS_SPARSITY = 0.5
 """Default sparsity where single weights go."""
+SHOTS = 3
+"""Default number of shots by curvature."""
+BONSAI_STEP = 0.05
+"""Default fraction that a round of Bonsai removes at most (Dery et al. 2024, `prune_frac`)."""
+_STEP_ROUNDING = 1e-9
 
 
 def _read_granularity(value: Any) -> Any:
     if isinstance(value, Structure | NMPattern):
         return value
     if not isinstance(value, str):
-        raise PydanticCustomError("granularity", "must be text: units, rows, columns, rows-and-columns, weights or N:M")
+        raise PydanticCustomError(
+            "granularity", "must be text: units, rows, columns, rows-and-columns, weights, blocks or N:M"
+        )
     try:
         return parse_granularity(value)
     except ParameterError as error:
@@ -111,7 +119,7 @@ class PruneParams(Section):
     parameters: _Count | None = None
     size: Annotated[ByteSize, Field(gt=0)] | None = None
     speedup: Annotated[Number, Field(gt=1)] | None = None
-    shots: Positive = 3
+    shots: Positive | None = None
     structure: _Granularity = Structure.UNITS
     widths: Widths | None = None
     multiple: Positive | None = None
@@ -139,7 +147,7 @@ class PruneParams(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.fresh_calibration and self.shots == 1:
+        if self.fresh_calibration and self.n_shots(self.target_sparsity) == 1:
             raise PydanticCustomError(
                 "no_effect",
                 "fresh_calibration: true has no effect with shots: 1, because it draws new sequences for every shot "
@@ -151,6 +159,13 @@ class PruneParams(Section):
                 "adapters has no effect with correction: {correction}, because it says how adapters are trained; "
                 "leave it out or choose correction: adapters",
                 {"correction": str(self.correction)},
+            )
+        if self.method is Method.LAYERCHOP and self.shots not in (None, 1):
+            raise PydanticCustomError(
+                "no_effect",
+                "shots: {shots} has no effect with method: layerchop, which removes all blocks at once (a selector "
+                "such as sleb measures again after each by itself); leave it null",
+                {"shots": self.shots},
             )
         self._check_target()
         if isinstance(self.structure, NMPattern) and self.target_sparsity > self.structure.sparsity:
@@ -175,7 +190,7 @@ class PruneParams(Section):
                 "{given} are given, but a model has one target; leave all but one of {all} null",
                 {"given": " and ".join(given), "all": ", ".join(TARGETS)},
             )
-        if given and given != ["sparsity"] and self.structure is not Structure.UNITS:
+        if given and given != ["sparsity"] and self.structure not in (Structure.UNITS, Structure.BLOCKS):
             raise PydanticCustomError(
                 "targets",
                 "{given} has no effect with structure: {structure}, which leaves tensors of dense shape or needs index "
@@ -191,6 +206,17 @@ class PruneParams(Section):
         if isinstance(self.structure, NMPattern):
             return self.structure.sparsity
         return STRUCTURED_SPARSITY if is_structured(self.structure) else WEIGHTS_SPARSITY
+
+    def n_shots(self, fraction: float) -> int:
+        """Steps in which a target is reached.
+
+        Args:
+            fraction: the target, of what the dense model has.
+        """
+        if self.method is Method.LAYERCHOP:
+            return 1
+        default = max(1, math.ceil(fraction / BONSAI_STEP - _STEP_ROUNDING)) if self.method is Method.BONSAI else SHOTS
+        return self.shots or default
 
     @property
     def has_other_target(self) -> bool:
@@ -220,7 +246,7 @@ class PruneParams(Section):
             "parameters": self.parameters,
             "size": self.size,
             "speedup": self.speedup,
-            "shots": self.shots,
+            "shots": None if self.shots is None and self.has_other_target else self.n_shots(self.target_sparsity),
             "structure": str(recipe.granularity),
             "widths": recipe.units.widths.value if recipe.units else None,
             "multiple": recipe.units.multiple if recipe.units else None,

@@ -239,5 +239,7 @@ def require_fits(session: Session, needs: Needs) -> None:
 
 _ORDER = (
     *("calibrate", "evaluate", "prune: block-times", "prune: curvature", "prune: costs", "prune: mask"),
-    *("prune: update", "prune: correction", "prune: evaluation", "prune: spectra", "export", "benchmark", "report"),
+    *("prune: similarity", "prune: sub-layer-similarity", "prune: removal-losses", "prune: block-cost"),
+    *("prune: selection", "prune: dropped", "prune: update", "prune: correction", "prune: evaluation"),
+    *("prune: spectra", "export", "benchmark", "report"),
 )

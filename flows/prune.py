@@ -16,12 +16,11 @@ from tasks.costs import COSTS
 def prune(session: Session) -> list[Shot]:
     """Runs all shots; returns them in order."""
     check_prunable(session)
-    pruning = session.params.prune
     state = session.dense
     shots = []
-    for number in range(1, pruning.shots + 1):
+    for number in range(1, session.n_shots + 1):
         calibration = session.calibration(number)
-        target = shot_target(session.goal.fraction, number, pruning.shots)
+        target = shot_target(session.goal.fraction, number, session.n_shots)
         shot = shot_of(session, state, calibration, number, target).run()
         shots.append(shot)
         _evict(session, shots)

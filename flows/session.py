@@ -80,6 +80,11 @@ class Session:
         """How much all shots together remove. A speed-up is measured for when first asked."""
         return find_goal(self)
 
+    @property
+    def n_shots(self) -> int:
+        """Steps in which the goal is reached."""
+        return self.params.prune.n_shots(self.goal.fraction)
+
     @cached_property
     def adapters(self) -> AdapterSettings:
         """How low-rank adapters are trained, where they are."""

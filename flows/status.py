@@ -32,10 +32,10 @@ def status_of(session: Session) -> list[dict[str, Any]]:
     look("dense evaluation", evaluation_request(context, session.dense, windows, "") if windows else None, "evaluate")
     state: ModelState | None = session.dense
     pruning = session.params.prune
-    for number in range(1, pruning.shots + 1):
+    for number in range(1, session.n_shots + 1):
         if number > 1 and pruning.fresh_calibration:
             calibration = store.lookup(sequences_request(context, session.sequence_spec(number)).key(context))
-        target = shot_target(session.goal.fraction, number, pruning.shots)
+        target = shot_target(session.goal.fraction, number, session.n_shots)
         label = f"{shot_label(number)} (to {target:.1%})"
         if state is None or calibration is None:
             lines.append(_line(label, "not known before the shot above", "the whole shot"))

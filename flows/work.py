@@ -12,6 +12,7 @@ from flows.dry_run import Step
 from flows.live import LiveShare
 from flows.session import Session
 from flows.work_after import benchmark_work, block_shapes, export_work, n_windows, token_work
+from flows.work_layers import layer_works
 from surgeon.curvature.spec import Statistic
 from surgeon.planning.passes import (
     BlockShape,
@@ -92,6 +93,7 @@ class WorkModel:
             spectrum_task: self._spectra,
             export_task: lambda _state: self._export(),
             benchmark_task: lambda _state: benchmark_work(self.session),
+            **layer_works(self.session),
         }
         return bodies[step.body](*step.arguments)
 

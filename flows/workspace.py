@@ -71,6 +71,11 @@ class Workspace:
         return self.data / "metrics" / "benchmark.json"
 
     @property
+    def task_scores(self) -> Path:
+        """What the dense and the exported model score on downstream tasks."""
+        return self.data / "metrics" / "tasks.json"
+
+    @property
     def report(self) -> Path:
         """The page about the run, for people."""
         return self.data / "report" / "index.html"

@@ -4,11 +4,15 @@ from enum import StrEnum
 
 
 class Method(StrEnum):
-    """A named way to choose what goes and to adapt the rest: a preset of curvature, cost, update and allocation.
+    """A named way to choose what goes and to adapt the rest.
+
+    All but the last two are presets of curvature, cost, update and allocation. `layerchop` removes whole blocks;
+    `bonsai` learns from masked sub-models, with forward passes alone, which units matter.
 
     Reference: van der Ouderaa et al. 2024, *The LLM Surgeon* (`llm-surgeon`; `k-obd` and `l-obd` are its baselines with
     and without gradients); Han et al. 2015 (`magnitude`); Sun et al. 2024, *Wanda* (`wanda`); Frantar & Alistarh 2023,
-    *SparseGPT* (`sparsegpt`).
+    *SparseGPT* (`sparsegpt`); Jha et al. 2023, *Just CHOP* (`layerchop`); Dery et al. 2024, *Everybody Prune
+    Now* (`bonsai`).
     """
 
     LLM_SURGEON = "llm-surgeon"
@@ -17,13 +21,15 @@ class Method(StrEnum):
     MAGNITUDE = "magnitude"
     WANDA = "wanda"
     SPARSEGPT = "sparsegpt"
+    LAYERCHOP = "layerchop"
+    BONSAI = "bonsai"
 
 
 class Structure(StrEnum):
     """What is removed: coupled units of a block; or of a linear rows (outputs), columns (inputs), both, or weights.
 
-    Units are MLP neurons and key/value groups, each with everything that makes and reads it: without them a model is
-    smaller.
+    Or whole blocks. Units are MLP neurons and key/value groups, each with everything that makes and reads it: without
+    them a model is smaller.
     """
 
     UNITS = "units"
@@ -31,6 +37,7 @@ class Structure(StrEnum):
     COLUMNS = "columns"
     ROWS_AND_COLUMNS = "rows-and-columns"
     WEIGHTS = "weights"
+    BLOCKS = "blocks"
 
 
 class Widths(StrEnum):
@@ -119,6 +126,37 @@ class UpdateRule(StrEnum):
     NONE = "none"
 
 
+class Selector(StrEnum):
+    """How LayerChop chooses the layers that go whole.
+
+    Patterns go by position alone: just after the first block, just before the last, around the middle, from both ends,
+    evenly spread, or the deepest. The others read data, gradients or weights: how little a block turns the hidden
+    states (`block-influence`, `angular` for a span of blocks, `llm-drop` for attention and MLP apart), the loss without
+    it (`perplexity`, and `sleb` again after every removal), and what its weights are worth (`magnitude`, `taylor`,
+    `curvature`).
+
+    Reference: Jha et al. 2023, *Just CHOP* (patterns); Gromov et al. 2024, *The Unreasonable Ineffectiveness of the
+    Deeper Layers* (`angular`, `deepest`); Men et al. 2024, *ShortGPT* (`block-influence`); Song et al. 2024, *SLEB*
+    (`sleb`); Kim et al. 2024, *Shortened LLaMA* (`perplexity`, `taylor`, `magnitude`); He et al. 2024, *What Matters in
+    Transformers?* (`llm-drop`); `curvature` is ours.
+    """
+
+    INPUT = "input"
+    OUTPUT = "output"
+    MIDDLE = "middle"
+    BOTH = "both"
+    MAX_GAP = "max-gap"
+    DEEPEST = "deepest"
+    BLOCK_INFLUENCE = "block-influence"
+    ANGULAR = "angular"
+    SLEB = "sleb"
+    PERPLEXITY = "perplexity"
+    TAYLOR = "taylor"
+    MAGNITUDE = "magnitude"
+    LLM_DROP = "llm-drop"
+    CURVATURE = "curvature"
+
+
 class Correction(StrEnum):
     """What is done about the gradient of the loss, which is not zero at a pruned model.
 
@@ -129,6 +167,52 @@ class Correction(StrEnum):
     NONE = "none"
     ADAPTERS = "adapters"
     NEWTON = "newton"
+
+
+class Prior(StrEnum):
+    """What Bonsai knows of a unit before any sub-model has run; x is the input of the output linear, W its weight.
+
+    `wanda` is ``mean |W| · sqrt(mean x²)``, `magnitude` is ``mean |x|``, `fluctuation` is ``var(x) · ‖W‖²`` by column,
+    and `random` a draw.
+
+    Reference: Dery et al. 2024 (*Everybody Prune Now*), section 3.2; An et al. 2024, *FLAP* (`fluctuation`).
+    """
+
+    WANDA = "wanda"
+    MAGNITUDE = "magnitude"
+    FLUCTUATION = "fluctuation"
+    RANDOM = "random"
+
+
+class Utility(StrEnum):
+    """What a sub-model of Bonsai is worth: minus its loss, nats per token, or minus its perplexity (as published)."""
+
+    NEGATIVE_LOSS = "negative-loss"
+    NEGATIVE_PERPLEXITY = "negative-perplexity"
+
+
+class Solver(StrEnum):
+    """How Bonsai regresses utilities on masks: ridge in closed form, or gradient descent stopped early (as published).
+
+    Reference: Dery et al. 2024, section 3.3 and appendix (`adam`); `ridge` is ours.
+    """
+
+    RIDGE = "ridge"
+    ADAM = "adam"
+
+
+class Penalty(StrEnum):
+    """What the solver `adam` of Bonsai punishes: sizes of coefficients, or squares of what they differ from a start."""
+
+    L1 = "l1"
+    L2 = "l2"
+
+
+class Scope(StrEnum):
+    """What one regression of Bonsai explains utilities by: masks of all sub-layers, or of one at a time."""
+
+    GLOBAL = "global"
+    PER_LAYER = "per-layer"
 
 
 class SequenceOrder(StrEnum):

@@ -25,6 +25,10 @@ class TextError(InputError):
     """A text cannot be read, is too short, or overlaps with the text it must be kept apart from."""
 
 
+class TaskError(InputError):
+    """A downstream task cannot be scored: it is unknown, its data or lm-eval are missing, or it does not work."""
+
+
 class StoreError(InputError):
     """A store cannot be used: another version, no space, not a store."""
 

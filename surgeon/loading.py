@@ -61,3 +61,30 @@ def load(
         model.to(device)  # type: ignore[arg-type]
     model.train(mode=False)
     return model
+
+
+def load_checkpoint(
+    directory: Path, dtype: torch.dtype, device: str, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Loads a checkpoint: an export of Surgeon in its own way, anything else with stock transformers.
+
+    Args:
+        directory: of safetensors and a configuration.
+        dtype: of the parameters.
+        device: where to put it.
+        trust_remote_code: whether the Python files of the directory may be run; then transformers loads exports too.
+
+    Returns:
+        The model in evaluation mode; its parameters need no gradient.
+    """
+    if not trust_remote_code and (directory / RECORD_NAME).is_file():
+        model = load(directory, dtype=dtype, device=device)
+    else:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        torch.nn.Module.to(model, device)
+    model.train(mode=False)
+    model.requires_grad_(False)
+    return model

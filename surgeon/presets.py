@@ -31,6 +31,9 @@ class Preset:
     weights_only: bool = False
 
 
+WITHOUT_CURVATURE = (Method.LAYERCHOP, Method.BONSAI)
+"""Methods that measure no curvature, and adapt nothing while they prune."""
+
 PRESETS: dict[Method, Preset] = {
     Method.MAGNITUDE: Preset(Curvature.IDENTITY, Cost.OBD, UpdateRule.NONE),
     Method.L_OBD: Preset(Curvature.ACTIVATIONS, Cost.OBD, UpdateRule.NONE),
@@ -40,6 +43,8 @@ PRESETS: dict[Method, Preset] = {
     Method.SPARSEGPT: Preset(
         Curvature.ACTIVATIONS, Cost.OBS, UpdateRule.SEQUENTIAL, Allocation.PER_LAYER, weights_only=True
     ),
+    Method.LAYERCHOP: Preset(Curvature.IDENTITY, Cost.OBD, UpdateRule.NONE),
+    Method.BONSAI: Preset(Curvature.IDENTITY, Cost.OBD, UpdateRule.NONE),
 }
 
 
@@ -57,6 +62,8 @@ def require_preset(method: Method, curvature: Curvature | None, cost: Cost | Non
         ("cost", cost, preset.cost),
         ("update", update, preset.update),
     ):
+        if got is not None and method in WITHOUT_CURVATURE:
+            raise ParameterError(f"{name}: {got} has no effect with method: {method}, which has none; leave it null")
         if got not in (None, own):
             raise ParameterError(
                 f"{name}: got {got}, but method {method} is defined with {name}: {own}; leave it null, or choose "

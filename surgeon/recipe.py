@@ -125,6 +125,7 @@ def resolve(asked: Preferences, seed: int = 0) -> Recipe:
         ParameterError: naming the choice, what it clashes with and what is allowed.
     """
     preset = require_preset(asked.method, asked.curvature, asked.cost, asked.update)
+    asked = _with_granularity(asked)
     if preset.weights_only and is_structured(asked.granularity):
         raise ParameterError(
             f"structure: got {asked.granularity}, but method {asked.method} removes single weights; "
@@ -147,6 +148,30 @@ def resolve(asked: Preferences, seed: int = 0) -> Recipe:
         correction=asked.correction,
         units=_units(asked, curvature.kind, cost),
     )
+
+
+def _with_granularity(asked: Preferences) -> Preferences:
+    """Blocks go by LayerChop and by it alone, and Bonsai takes units."""
+    own = {Method.LAYERCHOP: Structure.BLOCKS, Method.BONSAI: Structure.UNITS}.get(asked.method)
+    if own is None and asked.granularity is Structure.BLOCKS:
+        raise ParameterError(
+            f"structure: {Structure.BLOCKS} belongs to method: {Method.LAYERCHOP}; got method: {asked.method}"
+        )
+    if own is None:
+        return asked
+    if asked.granularity not in (own, Structure.UNITS):  # units are what is there when nothing is asked for
+        raise ParameterError(
+            f"structure: got {asked.granularity}, but method {asked.method} removes {own}; leave it out"
+        )
+    if asked.correction is not Correction.NONE:
+        raise ParameterError(
+            f"correction: {asked.correction} has no effect with method: {asked.method} (it is for shots by curvature); "
+            "train afterwards with the section recovery"
+        )
+    if asked.method is Method.LAYERCHOP:
+        for name in ("ranking", "allocation"):
+            no_effect(name, getattr(asked, name), f"method: {asked.method}", "whole blocks are chosen by its selector")
+    return replace(asked, granularity=own)
 
 
 def _units(asked: Preferences, kind: Curvature, cost: Cost) -> UnitSpec | None:

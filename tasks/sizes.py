@@ -9,6 +9,7 @@ from surgeon.recipe import Recipe
 from tasks.context import LinearShape, ModelSpec
 
 FLOAT32 = 4
+FLOAT64 = 8
 ARRAY_BYTES = 20 << 10
 """Metadata and directories of an array, and what files are rounded up to on the disk."""
 OBJECT_BYTES = 20 << 10
@@ -53,6 +54,12 @@ def n_arrays(model: ModelSpec, kind: str, block: int, recipe: Recipe, linears: C
         "shot": 0,
         "evaluation": 0,
         "sample": 0,
+        "similarity": 2,
+        "sub-layer-similarity": 2,
+        "removal-losses": 0,
+        "block-cost": 0,
+        "selection": 0,
+        "dropped": whole + biases + 2,
     }
     counts["correction"] = counts["update"]
     return counts.get(kind, len(shapes))
@@ -96,6 +103,9 @@ def array_bytes(
         "mask": sum(s.n_out + s.n_in for b in model.blocks for s in b) if is_structured(recipe.granularity) else 0,
         "update": updated,
         "correction": updated,
+        "similarity": FLOAT64 * (model.n_blocks + (model.n_blocks + 1) ** 2),
+        "sub-layer-similarity": FLOAT64 * 2 * model.n_blocks,
+        "dropped": FLOAT32 * sum(s.n_weights + s.n_out * s.has_bias for s in whole) + sides,
     }
     return sizes.get(kind, 0)
 

@@ -84,10 +84,10 @@ def update_task(context: Context, work: BlockWork, removal: Removal) -> Outcome[
     def compute() -> Product:
         linears = read_linears(context, work.state, work.block)
         if work.recipe.update.rule is UpdateRule.SEQUENTIAL:
-            return _product(_sequential(context, work, removal, linears))
+            return update_product(_sequential(context, work, removal, linears))
         if is_structured(work.recipe.granularity):
-            return _product(_structures(context, work, removal, linears))
-        return _product(_weights(context, work, removal, linears))
+            return update_product(_structures(context, work, removal, linears))
+        return update_product(_weights(context, work, removal, linears))
 
     report(f"{work.label}: update", work.block, context.model.n_blocks)
     return produce(context, update_request(work, removal), compute)
@@ -150,7 +150,8 @@ def _sequential(
     return results
 
 
-def _product(results: Mapping[str, UpdateResult]) -> Product:
+def update_product(results: Mapping[str, UpdateResult]) -> Product:
+    """Weights, biases and live sets of a block, with facts by linear; `results` in module order."""
     arrays: dict[str, Array] = {}
     facts = {}
     for name, result in results.items():

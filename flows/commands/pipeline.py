@@ -99,6 +99,14 @@ def export(
 @app.command()
 def evaluate(
     model: ModelArgument = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", metavar="A,B", help="Score downstream tasks of lm-eval instead.")
+    ] = None,
+    include: Annotated[
+        Path | None, typer.Option("--include", metavar="DIR", help="Definitions of tasks of your own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Documents of each task, the first ones.")] = None,
+    shots: Annotated[int | None, typer.Option("--shots", min=0, help="Worked examples in each prompt.")] = None,
     override: Override = None,
     params: ParamsFile = None,
     project: Root = Path(),
@@ -106,24 +114,35 @@ def evaluate(
     as_json: AsJson = False,
     engine: EngineName = None,
 ) -> None:
-    """Evaluate a model: perplexity, parameters, zeros, bytes.
+    """Evaluate a model: perplexity, parameters, zeros, bytes; or downstream tasks.
 
     Without MODEL: the dense model, as the stage of the pipeline. With MODEL: any checkpoint, for example data/export.
+    With --tasks: MODEL on tasks of lm-eval or, without MODEL, the dense model and data/export side by side.
     """
     from flows.render import render_evaluation
+    from flows.render_downstream import render_downstream
     from flows.stages import evaluate_other, run_stage
     from flows.workspace import read_json
 
     given = [*(override or []), *([f"model.source={model}"] if model else [])]
+    options = {"--include": include, "--limit": limit, "--shots": shots}
+    no_effect = [name for name, value in options.items() if value is not None and tasks is None]
+    if no_effect:
+        raise InputError(f"{', '.join(no_effect)} has no effect without --tasks, which names downstream tasks")
     with open_project(project, params, given, quiet or as_json, engine) as session:
         session.check(is_pruned=model is None)
-        if model:
+        if tasks is not None:
+            from flows.downstream import score_model, score_pair, wanted_scores
+
+            wanted = wanted_scores(session, tasks, include, limit, shots)
+            facts = score_model(session, wanted) if model else score_pair(session, wanted)
+        elif model:
             facts = evaluate_other(session)
         else:
             run_stage(session, "evaluate")
             facts = read_json(session.workspace.stage_file("evaluate"))["facts"]
     if as_json or not quiet:
-        show(facts, as_json, render_evaluation)
+        show(facts, as_json, render_evaluation if tasks is None else render_downstream)
 
 
 @app.command()

@@ -8,39 +8,19 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-import surgeon
 from surgeon.benchmarking.timing import Shape, keeps_last_logits, random_tokens, time_once
-from surgeon.models.quiet import quiet_transformers
+from surgeon.loading import load_checkpoint
 from surgeon.peak import peak_gib, reset_peak
 
 _GIB = 2**30
 _PAGE_NUMBERS = 1024
-_EXPORT_RECORD = "surgeon.json"
-
-
-def load_model(directory: Path, dtype: torch.dtype, device: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Loads a checkpoint: an export of Surgeon in its own way, anything else with stock transformers."""
-    own: Callable[..., PreTrainedModel] | None = getattr(surgeon, "load", None)
-    with quiet_transformers():
-        # Where Python files of the model may be run, transformers does that; our own way runs none.
-        if own is not None and not trust_remote_code and (directory / _EXPORT_RECORD).is_file():
-            model = own(directory, dtype=dtype, device=device)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-            torch.nn.Module.to(model, device)
-    model.train(mode=False)
-    model.requires_grad_(False)
-    return model
 
 
 class Worker:
@@ -57,7 +37,7 @@ class Worker:
     def _load(self, request: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(request["threads"])
         dtype = getattr(torch, request["dtype"])
-        model = load_model(
+        model = load_checkpoint(
             Path(request["directory"]), dtype, request["device"], trust_remote_code=request["trust_remote_code"]
         )
         self._model = model

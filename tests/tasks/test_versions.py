@@ -8,7 +8,8 @@ from tests.tasks.numerics import current, recorded, source_digest, stage_digest,
 KINDS = (
     *("boundary", "gradient", "input-factors", "output-factors", "diagonal", "loss-gradient"),
     *("moments", "kronecker-terms", "costs", "mask", "update", "correction"),
-    *("evaluation", "sample", "sequences", "windows", "shot", "block-times", "spectra"),
+    *("similarity", "sub-layer-similarity", "removal-losses", "block-cost", "selection", "dropped"),
+    *("evaluation", "task-scores", "sample", "sequences", "windows", "shot", "block-times", "spectra"),
 )
 
 
