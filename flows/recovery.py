@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from flows.recovery_facts import recovery_facts
+from flows.recovery_facts import recovery_facts, untouched_facts
 from flows.session import Session
 from surgeon.choices import Keep, Recovery
 from surgeon.recovery.settings import RecoverySettings
@@ -55,7 +55,7 @@ def recover(session: Session, state: ModelState) -> Recovered:
         MemoryShortageError: there is not enough memory; likewise.
     """
     if session.params.recovery.method is Recovery.NONE:
-        return Recovered(state, {}, {"method": Recovery.NONE.value, "accepted": None, "state": state.to_json()})
+        return Recovered(state, {}, untouched_facts(session, state))
     return RecoveryRun(session, state).run()
 
 
@@ -226,8 +226,8 @@ class RecoveryRun:
             lowest = min(point["loss"] for point in validation[1:])
             self.session.warn(
                 f"recovery did not help: the validation loss was {validation[0]['loss']:.4f} before and at best "
-                f"{lowest:.4f} after; the pruned weights stay as they were. Try another recovery.learning_rate, or more "
-                "recovery.tokens."
+                f"{lowest:.4f} after; the pruned weights stay as they were. Try another recovery.learning_rate, or "
+                "more recovery.tokens."
             )
         elif after > before:
             self.session.warn(

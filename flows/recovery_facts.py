@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 
 from flows.session import Session
+from surgeon.choices import Recovery
 from surgeon.recovery.memory import TrainingMemory
 from surgeon.store import Reference
+from tasks.context import ModelState
 from tasks.recovery import kept_blocks
 from tasks.training import TRAINING, RecoveryWork
 
@@ -55,6 +57,21 @@ def recovery_facts(
         "before": _sizes(references["recovery/before/evaluation"]),
         "after": _sizes(references["recovery/after/evaluation"]),
         "state": stored.attributes["state"],
+        "pruned_digest": work.state.digest,
+        "weights_digest": ModelState.from_json(work.state.checkpoint_digest, stored.attributes["state"]).digest,
+    }
+
+
+def untouched_facts(session: Session, state: ModelState) -> dict[str, Any]:
+    """Facts where nothing is trained."""
+    given = session.params
+    return {
+        "method": Recovery.NONE.value,
+        "accepted": None,
+        "parameters": given.recovery.resolved(batch_size=given.run.batch_size, seed=given.seed),
+        "state": state.to_json(),
+        "pruned_digest": state.digest,
+        "weights_digest": state.digest,
     }
 
 

@@ -49,9 +49,9 @@ def recovery_gib(session: Session) -> float:
 
 
 def recovery_bytes(session: Session, kind: str) -> int:
-    """Bytes of a stored result of recovery."""
+    """Bytes of a stored result of recovery whose size depends on the settings; 0 of any other."""
     given = session.params
-    if given.recovery.method is Recovery.NONE:
+    if kind not in ("training", "corpus"):
         return 0
     settings = given.recovery.settings(batch_size=given.run.batch_size, seed=given.seed)
     if kind == "training":
