@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from flows.goal import require_goal
-from surgeon.choices import Structure, Widths
+from surgeon.choices import Method, Structure, Widths
 from surgeon.errors import ModelError, ParameterError
 from surgeon.models.compact_classes import has_index_maps, is_compact
 from surgeon.models.families import family_names
@@ -22,6 +22,10 @@ def check_pruning(session: "Session") -> None:
     check_structure(session)
     if session.params.prune.speedup is None:  # which takes measuring, and so comes with the first shot
         require_goal(session)
+        if session.recipe.method is Method.LAYERCHOP:
+            from flows.layerchop import layer_rule  # here, because it is about sessions too
+
+            layer_rule(session.model, session.params.prune.layerchop, session.goal.fraction)
 
 
 def check_prunable(session: "Session") -> None:

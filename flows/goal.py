@@ -11,6 +11,7 @@ import torch
 
 from surgeon.choices import Resource
 from surgeon.errors import ParameterError
+from surgeon.layers.spec import SPECS, LayerGranularity
 from surgeon.models.checkpoint import find_weight_files, read_headers
 from tasks.rule import WEIGHTS, MaskRule, Usage
 from tasks.units import block_sub_layers, dense_usage, require_reachable
@@ -55,6 +56,11 @@ def find_goal(session: "Session") -> Goal:
         return _parameters(session, stored, target, f"size: {int(given.size):,} bytes")
     if given.speedup is not None:
         return _speedup(session, given.speedup)
+    if given.layerchop.blocks is not None:
+        # Of blocks, or of the attentions and MLPs that a selector takes apart; the shot counts what they free.
+        halves = SPECS[given.layerchop.selector].granularity is LayerGranularity.SUB_LAYER
+        fraction = min(given.layerchop.blocks / (model.n_blocks * (2 if halves else 1)), 1.0)
+        return Goal(fraction, WEIGHTS, f"layerchop.blocks: {given.layerchop.blocks}")
     return Goal(given.target_sparsity, WEIGHTS, f"sparsity: {given.target_sparsity:g}")
 
 

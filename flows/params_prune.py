@@ -12,6 +12,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, ByteSize, Field, PlainSerializer, PrivateAttr, StrictBool, model_validator
 from pydantic_core import PydanticCustomError
 
+from flows.params_layerchop import LayerChopParams
 from flows.params_section import Integer, Number, Positive, Section
 from surgeon.choices import (
     Allocation,
@@ -26,6 +27,7 @@ from surgeon.choices import (
     Widths,
 )
 from surgeon.errors import ParameterError
+from surgeon.presets import WITHOUT_CURVATURE
 from surgeon.pruning.granularity import Granularity, NMPattern, is_structured, parse_granularity
 from surgeon.recipe import Preferences, Recipe, resolve
 from surgeon.text.suggest import did_you_mean
@@ -141,6 +143,7 @@ class PruneParams(Section):
     correction: Correction = Correction.NONE
     newton_step: Annotated[Number, Field(gt=0, le=1)] | None = None
     adapters: AdapterParams = AdapterParams()
+    layerchop: LayerChopParams = LayerChopParams()
     fresh_calibration: StrictBool = False
 
     _recipe: Recipe = PrivateAttr()
@@ -167,6 +170,12 @@ class PruneParams(Section):
                 "such as sleb measures again after each by itself); leave it null",
                 {"shots": self.shots},
             )
+        if self.method is not Method.LAYERCHOP and self.layerchop != LayerChopParams():
+            raise PydanticCustomError(
+                "no_effect",
+                "layerchop has no effect with method: {method}; leave it out or choose method: layerchop",
+                {"method": self.method.value},
+            )
         self._check_target()
         if isinstance(self.structure, NMPattern) and self.target_sparsity > self.structure.sparsity:
             raise PydanticCustomError(
@@ -184,11 +193,12 @@ class PruneParams(Section):
     def _check_target(self) -> None:
         """Refuses several targets at once, and one in units that only coupled units can be counted in."""
         given = [name for name in TARGETS if getattr(self, name) is not None]
+        given += ["layerchop.blocks"] if self.layerchop.blocks is not None else []
         if len(given) > 1:
             raise PydanticCustomError(
                 "targets",
                 "{given} are given, but a model has one target; leave all but one of {all} null",
-                {"given": " and ".join(given), "all": ", ".join(TARGETS)},
+                {"given": " and ".join(given), "all": ", ".join([*TARGETS, "layerchop.blocks"])},
             )
         if given and given != ["sparsity"] and self.structure not in (Structure.UNITS, Structure.BLOCKS):
             raise PydanticCustomError(
@@ -221,7 +231,7 @@ class PruneParams(Section):
     @property
     def has_other_target(self) -> bool:
         """Whether the target is not a sparsity."""
-        return any(getattr(self, name) is not None for name in TARGETS[1:])
+        return self.layerchop.blocks is not None or any(getattr(self, name) is not None for name in TARGETS[1:])
 
     def recipe(self, seed: int) -> Recipe:
         """The same with every choice made.
@@ -239,7 +249,9 @@ class PruneParams(Section):
         recipe = self._recipe
         curvature, update, damping = recipe.curvature, recipe.update, recipe.damping
         adapters = recipe.correction is Correction.ADAPTERS
+        blocks = recipe.granularity is Structure.BLOCKS
         uniform = recipe.units is not None and recipe.units.widths is Widths.UNIFORM
+        by_curvature = recipe.method not in WITHOUT_CURVATURE
         return {
             "method": recipe.method.value,
             "sparsity": None if self.has_other_target else self.target_sparsity,
@@ -252,15 +264,15 @@ class PruneParams(Section):
             "multiple": recipe.units.multiple if recipe.units else None,
             "heads": recipe.units.heads if recipe.units else None,
             "rescorings": self._rescorings(),
-            "curvature": curvature.kind.value,
+            "curvature": curvature.kind.value if by_curvature else None,
             "rank": curvature.rank if curvature.kind is Curvature.KRONECKER_SUM else None,
             "power_iterations": curvature.iterations or None,
-            "targets": curvature.targets.value,
+            "targets": curvature.targets.value if by_curvature else None,
             "draws": curvature.draws if curvature.targets is Targets.SAMPLED else None,
-            "cost": recipe.cost.value,
-            "ranking": None if uniform else recipe.ranking.value,
-            "allocation": None if uniform else recipe.allocation.value,
-            "update": update.rule.value,
+            "cost": recipe.cost.value if by_curvature else None,
+            "ranking": None if uniform or blocks else recipe.ranking.value,
+            "allocation": None if uniform or blocks else recipe.allocation.value,
+            "update": update.rule.value if by_curvature else None,
             "max_iterations": update.max_iterations or None,
             "tolerance": update.tolerance or None,
             "max_correlate": update.max_correlate or None,
@@ -268,9 +280,10 @@ class PruneParams(Section):
                 "activations": _effective(damping.activations, self.damping.activations),
                 "gradients": _effective(damping.gradients, self.damping.gradients),
             },
-            "correction": recipe.correction.value,
+            "correction": recipe.correction.value if by_curvature else None,
             "newton_step": update.newton_step or None,
             "adapters": self.adapters.model_dump(mode="json") if adapters else None,
+            "layerchop": self.layerchop.model_dump(mode="json") if blocks else None,
             "fresh_calibration": self.fresh_calibration,
         }
 

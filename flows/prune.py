@@ -2,10 +2,11 @@
 
 from flows.checks import check_prunable
 from flows.curvature_shot import CurvatureShot
+from flows.layerchop import LayerChopShot
 from flows.schedule import shot_target
 from flows.session import Session
 from flows.shot import PruningShot, Shot
-from surgeon.choices import Keep
+from surgeon.choices import Keep, Method
 from surgeon.curvature.spec import Statistic
 from surgeon.pruning.granularity import is_structured
 from surgeon.store import Reference
@@ -30,7 +31,8 @@ def prune(session: Session) -> list[Shot]:
 
 def shot_of(session: Session, state: ModelState, calibration: Reference, number: int, target: float) -> PruningShot:
     """A shot by the method of the parameters."""
-    return CurvatureShot(session, state, calibration, number, target)
+    shots = {Method.LAYERCHOP: LayerChopShot}
+    return shots.get(session.recipe.method, CurvatureShot)(session, state, calibration, number, target)
 
 
 def _evict(session: Session, shots: list[Shot]) -> None:

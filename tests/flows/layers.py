@@ -1,4 +1,4 @@
-"""LayerChop in this process: a model with useless blocks, text that it predicts as well as it can, and shots on both."""
+"""LayerChop in this process: a model with useless blocks, text that it predicts best of all, and shots on both."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -96,14 +96,18 @@ def chop(
         return None, session.engine.ran
 
 
-def planned(runs: Runs, target: float = 0.3, **settings: Any) -> list[str]:
-    """Names of the tasks that a run is expected to execute."""
-    session = runs.session({})
+def dry_shot(session: Session, target: float = 0.3, **settings: Any) -> DryRun:
+    """What a shot would do."""
     dry = DryRun(PlannedStore(session.context.store))
     engine = DryEngine(dry)
     other = session.rehearsal(engine, dry.store)
     engine.stage("prune", lambda: shot_of(other, target, **settings).run())
-    return [step.name for step in dry.steps]
+    return dry
+
+
+def planned(runs: Runs, target: float = 0.3, **settings: Any) -> list[str]:
+    """Names of the tasks that a run is expected to execute."""
+    return [step.name for step in dry_shot(runs.session({}), target, **settings).steps]
 
 
 def stock_loss(model: Path, tokens: Array, gone: Collection[int] = (), silent: Collection[str] = ()) -> float:
