@@ -9,7 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.compare_spec import DENSE, percent
-from flows.comparison import USAGE_TITLES, Cell, Comparison, show_perplexity
+from flows.comparison import (
+    USAGE_TITLES,
+    Cell,
+    Comparison,
+    Measure,
+    after_pruning,
+    after_recovery,
+    show_perplexity,
+)
 from flows.render_benchmark import benchmark_lines, benchmark_rows
 
 _PLAIN_WIDTH = 160
