@@ -14,6 +14,7 @@ from flows.session import Session
 from flows.work_after import benchmark_work, block_shapes, export_work, n_windows, token_work
 from flows.work_bonsai import bonsai_works
 from flows.work_layers import layer_works
+from flows.work_recovery import recovery_bytes, recovery_works
 from surgeon.curvature.spec import Statistic
 from surgeon.planning.passes import (
     BlockShape,
@@ -96,6 +97,7 @@ class WorkModel:
             benchmark_task: lambda _state: benchmark_work(self.session),
             **layer_works(self.session),
             **bonsai_works(self.session),
+            **recovery_works(self.session),
         }
         return bodies[step.body](*step.arguments)
 
@@ -160,7 +162,7 @@ class WorkModel:
         """Bytes on the disk of a result of a block."""
         session = self.session
         number = n_arrays(session.model, kind, block, session.recipe, session.measured_linears)
-        return OBJECT_BYTES + number * ARRAY_BYTES + self._bytes(kind, block)
+        return OBJECT_BYTES + number * ARRAY_BYTES + self._bytes(kind, block) + recovery_bytes(session, kind)
 
     def _passing(self, measured: Measured, group: range, *, backward: bool, draws: int) -> Work:
         """A pass through one group of blocks."""

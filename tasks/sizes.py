@@ -63,8 +63,12 @@ def n_arrays(model: ModelSpec, kind: str, block: int, recipe: Recipe, linears: C
         "block-cost": 0,
         "selection": 0,
         "dropped": whole + biases + 2,
+        "corpus": 4,
+        "training": 3 * sum(len(linears) + 2 for linears in model.blocks),
+        "recovery": 0,
     }
     counts["correction"] = counts["update"]
+    counts["recovered"] = counts["update"] + 2
     return counts.get(kind, len(shapes))
 
 
@@ -109,6 +113,7 @@ def array_bytes(
         "correction": updated,
         "prior": FLOAT64 * n_units,
         "ranking": 2 * FLOAT64 * n_units,
+        "recovered": updated + FLOAT32 * (model.n_parameters - model.n_weights) // model.n_blocks,
         "similarity": FLOAT64 * (model.n_blocks + (model.n_blocks + 1) ** 2),
         "sub-layer-similarity": FLOAT64 * 2 * model.n_blocks,
         "dropped": FLOAT32 * sum(s.n_weights + s.n_out * s.has_bias for s in whole) + sides,
