@@ -309,7 +309,8 @@ def _damping(asked: Preferences, kind: Curvature, cost: Cost, rule: UpdateRule) 
 
 def _ranking(asked: Preferences) -> Ranking:
     if is_structured(asked.granularity):
-        return asked.ranking or Ranking.COST_PER_WEIGHT
+        # Coefficients of Bonsai are shrunk alike, heads and neurons, which makes heads look cheap for their size.
+        return asked.ranking or (Ranking.COST if asked.method is Method.BONSAI else Ranking.COST_PER_WEIGHT)
     if asked.ranking is Ranking.COST_PER_WEIGHT:
         no_effect(
             "ranking", asked.ranking, f"structure: {asked.granularity}", "whose members have equally many weights"

@@ -1,13 +1,15 @@
 """Which units a sub-model lacks: draws among the candidates, in complementary pairs.
 
 Of the n units of a sub-layer that live, the ``floor(n (1 - 2p))`` with the highest prior s are *frozen*: always kept,
-not part of the regression. The rest are *candidates*. The first sub-model of a pair drops half of the candidates, drawn
-without replacement with weights ``max_k s_k - s_j``; the second drops the other half. So each candidate is dropped by
-exactly one sub-model of each pair, and averages over pairs are free of all effects that are even in the masks.
+not part of the regression. The rest are *candidates*. The first sub-model of a pair drops some of the candidates, drawn
+without replacement with weights ``max_k s_k - s_j``; the second drops the others. So each candidate is dropped by
+exactly one sub-model of each pair, and differences within pairs are free of all effects that are even in the masks.
 
-Departures from the published code: where the number of candidates is odd, a fair coin says which of the two sub-models
-drops one more (there, always the first; with one candidate in each attention, all of them would go together in every
-pair); if fewer candidates have a weight than are to be dropped, or all scores are equal, the draw is uniform.
+Departures from the published code: there the first of a pair drops ``floor(p n) + 1`` candidates, always half of them.
+Then the masks of a sub-layer always sum to the same, so no regression can tell what the sub-layer as a whole is worth,
+and costs do not compare between sub-layers. Here it is a number between a quarter and three quarters of the candidates,
+uniform, rounded up or down by chance; half on average. And if fewer candidates have a weight than are to be dropped, or
+all scores are equal, the draw is uniform.
 
 Reference: Dery et al. 2024, section 3.2.
 """
@@ -25,6 +27,8 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 _ROUNDING = 1e-9
+_LEAST_PART = 0.25
+"""Of the candidates of a sub-layer, what each sub-model drops and keeps at least, up to rounding."""
 _DRAW = 0
 """Keeps the draws of the masks apart from those of a random prior."""
 
@@ -73,8 +77,7 @@ def _weights(scores: FloatArray, units: IntArray) -> FloatArray:
     if not units.size:
         return np.zeros(0)
     weights: FloatArray = scores.max() - scores[units]
-    n_dropped = -(-units.size // 2)
-    if np.count_nonzero(weights) < n_dropped:
+    if np.count_nonzero(weights) < (1.0 - _LEAST_PART) * units.size:
         return np.full(units.size, 1.0 / units.size)
     weights /= weights.sum()
     return weights
@@ -97,7 +100,8 @@ def draw_keeps(parts: Sequence[Candidates], seed: int, number: int, index: int) 
     keeps = []
     for part in parts:
         n_candidates = part.units.size
-        n_dropped = (n_candidates + int(generator.random() < 0.5)) // 2
+        part_dropped, rounding = generator.random(2)
+        n_dropped = math.floor(n_candidates * (_LEAST_PART + (1.0 - 2.0 * _LEAST_PART) * part_dropped) + rounding)
         # The largest of log w + Gumbel noise are draws without replacement with weights w (Efraimidis & Spirakis 2006).
         with np.errstate(divide="ignore"):
             keys = np.log(part.weights) - np.log(-np.log(generator.random(n_candidates)))
