@@ -74,20 +74,11 @@ class LayerChopShot(PruningShot):
         calibration: its sequences.
         number: of the shot, from 1.
         target: fraction of the weights to be gone, where no number of blocks is given.
-        settings: of LayerChop; None takes those of the parameters.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        state: ModelState,
-        calibration: Reference,
-        number: int,
-        target: float,
-        settings: LayerChopParams | None = None,
-    ) -> None:
+    def __init__(self, session: Session, state: ModelState, calibration: Reference, number: int, target: float) -> None:
         super().__init__(session, state, calibration, number, target)
-        self.settings: LayerChopParams = settings or session.params.prune.layerchop
+        self.settings = session.params.prune.layerchop
         self.rule = layer_rule(self.context.model, self.settings, target)
         work = LayerWork(state, calibration, self.label)
         self.statistics = LayerStatistics(session, work, self.rule, self.settings.counts_gradient)
