@@ -29,17 +29,18 @@ class ModelCounts:
 
 
 def count_model(model: BlockwiseModel) -> ModelCounts:
-    """Counts a model, loading one block at a time; blocks that are gone do not count."""
+    """Counts a model, loading one block at a time. What is removed counts as zeros, whole blocks too."""
     in_blocks = {id(p) for index in range(model.n_blocks) for p in model.block(index).parameters()}
     parameters, nonzero, size = _tally(p for p in _unique(model.model.parameters()) if id(p) not in in_blocks)
     linear_weights = linear_nonzero = 0
-    for index in sorted(set(range(model.n_blocks)) - model.removed):
+    for index in range(model.n_blocks):
         with model.loaded(range(index, index + 1)):
             counts = _tally(model.block(index).parameters())
             parameters, nonzero, size = parameters + counts[0], nonzero + counts[1], size + counts[2]
-            for linear in model.linears(index).values():
-                linear_weights += linear.weight.numel()
-                linear_nonzero += int(torch.count_nonzero(linear.weight))
+            for name in model.architecture.linear_names(index):
+                weight = model.architecture.linear(model.model, index, name).weight
+                linear_weights += weight.numel()
+                linear_nonzero += _count_nonzero(weight)
     return ModelCounts(parameters, nonzero, linear_weights, linear_nonzero, size)
 
 
@@ -52,6 +53,10 @@ def _tally(parameters: Iterable[Tensor]) -> tuple[int, int, int]:
     tensors = list(parameters)
     return (
         sum(p.numel() for p in tensors),
-        sum(int(torch.count_nonzero(p)) for p in tensors),
+        sum(map(_count_nonzero, tensors)),
         sum(p.numel() * p.element_size() for p in tensors),
     )
+
+
+def _count_nonzero(tensor: Tensor) -> int:
+    return 0 if tensor.is_meta else int(torch.count_nonzero(tensor))

@@ -12,9 +12,10 @@ from unittest import mock
 
 import numpy as np
 import torch
+import tqdm
 
 Progress = Callable[[int, int], None]
-_BARS = ("tqdm", "lm_eval.models.huggingface", "lm_eval.api.model", "lm_eval.api.task")
+_BARS = ("lm_eval.models.huggingface", "lm_eval.api.model", "lm_eval.api.task")
 _LOGGERS = ("lm_eval", "datasets", "huggingface_hub", "transformers", "evaluate")
 _ONE_PROCESS = "DISABLE_MULTIPROC"
 _REQUESTS = "Running"
@@ -35,11 +36,13 @@ def quiet_harness(progress: Progress = lambda _done, _total: None) -> Iterator[N
 
     import datasets
 
+    modules = [importlib.import_module(name) for name in _BARS]  # before anything is replaced that they would import
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(mock.patch.dict(os.environ, {_ONE_PROCESS: "1"}))
-        for module in _BARS:
-            stack.enter_context(mock.patch.object(importlib.import_module(module), "tqdm", bar))
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, "tqdm", bar))
+        stack.enter_context(mock.patch.object(tqdm, "tqdm", _SilentBar))  # functions of lm-eval import it themselves
         for name in _LOGGERS:
             logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
@@ -66,6 +69,13 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(before[0])
         np.random.set_state(before[1])
         torch.set_rng_state(before[2])
+
+
+class _SilentBar(tqdm.tqdm):  # type: ignore[misc]
+    """A bar of tqdm that shows nothing."""
+
+    def __init__(self, *items: Any, **options: Any) -> None:
+        super().__init__(*items, **{**options, "disable": True})
 
 
 class _Bar:
