@@ -218,6 +218,15 @@ def test_what_is_planned_is_what_runs_however_often_it_is_stopped(
         assert ran == everything
 
 
+def test_a_plan_does_not_take_what_another_selector_removed_for_its_own(runs: Runs) -> None:
+    made, _ = chop(runs, selector="input", blocks=2)
+    assert made is not None
+    assert planned(runs, selector="sleb", blocks=2)[-2:] == ["shot-01/selection", "shot-01/evaluation"]
+    assert planned(runs, selector="both", blocks=2) == ["shot-01/selection", "shot-01/evaluation"]
+    chop(runs, selector="output", blocks=2)
+    assert planned(runs, selector="deepest", blocks=2) == ["shot-01/selection"], "the same blocks"
+
+
 @pytest.mark.parametrize("selector", ["sleb", "llm-drop", "angular", "curvature", "magnitude"])
 def test_a_plan_knows_work_memory_and_disk(selector: str, runs: Runs) -> None:
     settings: dict[str, Any] = {"selector": selector, "blocks": 3, **(ALL if selector == "magnitude" else {})}
