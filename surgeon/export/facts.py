@@ -117,8 +117,8 @@ def _blocks(facts: dict[str, Any]) -> list[str]:
     if not removed:
         return []
     return [
-        f"{n_blocks - len(removed)} of {n_blocks} decoder blocks are left, numbered anew; gone are those that had the "
-        f"numbers {', '.join(map(str, removed))} (from 0)."
+        f"{n_blocks - len(removed)} of {n_blocks} decoder blocks are left, numbered anew; gone: "
+        f"{', '.join(map(str, removed))} (counted from 0)."
     ]
 
 

@@ -147,7 +147,7 @@ def test_dense_shapes_have_fewer_blocks_as_well(tmp_path):
     live = sum(linear.n_live_weights for index in (0, 2) for linear in case.blocks[index].values())
     assert facts["weights_zeroed"] == facts["weights"] - live
     card = (tmp_path / "export" / "README.md").read_text()
-    assert "2 of 3 decoder blocks are left, numbered anew; gone are those that had the numbers 1 (from 0)." in card
+    assert "2 of 3 decoder blocks are left, numbered anew; gone: 1 (counted from 0)." in card
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
