@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from surgeon.choices import ExportLayout
 from surgeon.errors import ExportError, ParameterError
@@ -29,11 +29,14 @@ class PrunedModel:
         checkpoint: the dense model.
         linears: the linears of a block by name, in module order; called for one block at a time.
         live: their live rows and columns alone, which is cheap.
+        others: how to read tensors that are no part of a linear of the blocks and have changed (norms, embeddings, the
+            head), by their full name in the model.
     """
 
     checkpoint: Checkpoint
     linears: Callable[[int], Mapping[str, PrunedLinear]]
     live: Callable[[int], LiveSets]
+    others: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

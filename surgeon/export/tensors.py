@@ -63,6 +63,12 @@ class ExportTensors:
         architecture = plan.dense.architecture
         self._parts: dict[str, _Part] = {}
         self._in_model: dict[str, str] = {}
+        self._others = dict(plan.pruned.others)
+        # Of tensors that are tied together, all that are stored are the one that has changed.
+        for pair in plan.dense.skeleton.get_expanded_tied_weights_keys(all_submodels=True).items():
+            for name, other in (pair, pair[::-1]):
+                if other in plan.pruned.others:
+                    self._others.setdefault(name, plan.pruned.others[other])
         for name in plan.dense.skeleton.state_dict():
             if (stored := weights.stored_name(name)) is not None:
                 self._in_model[stored] = name
@@ -119,7 +125,7 @@ class ExportTensors:
                     yield f"{stored.removesuffix('weight')}{name}", maps
 
     def _kept(self, stored: str, read: Callable[[], Tensor]) -> Iterator[tuple[str, TensorPlan]]:
-        """A tensor that pruning did not touch; it may belong to an attention that is gone."""
+        """A tensor that is no part of a pruned linear; it may have changed, or belong to an attention that is gone."""
         tensor = read()  # memory-mapped
         is_float = tensor.is_floating_point()
         if is_float:
@@ -131,7 +137,8 @@ class ExportTensors:
             self.tally.parameters += tensor.numel()
         shape = tuple(tensor.shape)
         del tensor
-        yield self._written_name(stored), TensorPlan(shape, dtype, lambda: read().to(dtype))
+        source = self._others.get(self._in_model.get(stored, stored), read)
+        yield self._written_name(stored), TensorPlan(shape, dtype, lambda: source().to(dtype))
 
     def _count(self, shape: tuple[int, ...]) -> None:
         n = int(torch.Size(shape).numel())
