@@ -201,7 +201,7 @@ PRESETS: Mapping[RecoveryPreset, PresetSizes] = {
 """Full training: `paper` is that of Just CHOP (its batches of small models), `small` the same with fewer tokens."""
 
 LORA_RATES: Mapping[RecoveryPreset, float] = {
-    RecoveryPreset.SMOKE: 3e-3,
+    RecoveryPreset.SMOKE: 1e-2,
     RecoveryPreset.SMALL: 3e-4,
     RecoveryPreset.PAPER: 3e-4,
 }
