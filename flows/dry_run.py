@@ -161,7 +161,7 @@ _SINGLE: Mapping[Callable[..., Any], Callable[..., Request]] = {
     sub_layer_task: sub_layer_request,
     losses_task: losses_request,
     block_cost_task: lambda _context, work: block_cost_request(work),
-    corpus_task: lambda context, spec, settings, _windows: corpus_request(context, spec, settings),
+    corpus_task: corpus_request,
     training_task: training_request,
     selection_task: lambda _context, rule, measured, label: selection_request(rule, measured, label),
 }
