@@ -1,6 +1,6 @@
 """The model card of an exported checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flows.results import provenance
@@ -11,12 +11,18 @@ _ELSEWHERE = ("sparsity",)
 """Settings that are in the tables beside."""
 
 
-def model_card(session: Session, dense: dict[str, Any], prune: dict[str, Any], texts: dict[str, Any]) -> str:
-    """What was removed, how, from which data, and what it cost: Markdown with the hub's metadata header."""
+def model_card(session: Session, found: Mapping[str, Any]) -> str:
+    """What was removed, how, from which data, and what it cost: Markdown with the hub's metadata header.
+
+    Args:
+        session: its parameters.
+        found: facts of the stages before, by their name.
+    """
+    dense, prune, texts, recovery = (found[name] for name in ("evaluate", "prune", "calibrate", "recovery"))
     origin = provenance(session)
     recipe = origin["parameters"]["prune"]
     trained = "with low-rank adapters trained after each shot" if recipe["adapters"] else "without retraining"
-    pruned = prune["pruned"]
+    pruned = {**prune["pruned"], **(recovery["after"] if recovery["accepted"] else {})}
     calibration, evaluation = texts["calibration"], texts["evaluation"]
     versions = ", ".join(f"{name} {number}" for name, number in origin["versions"].items())
     rows = "\n".join(
@@ -30,7 +36,7 @@ tags: [pruned, surgeon]
 
 # {_inline(session.checkpoint.source)}, {pruned["sparsity"]:.1%} of its decoder weights removed
 
-Pruned with Surgeon {origin["versions"]["surgeon"]} {trained}: {describe_settings(recipe)}.
+Pruned with Surgeon {origin["versions"]["surgeon"]} {trained}: {describe_settings(recipe)}.{_recovery(recovery)}
 
 | | dense | pruned |
 |---|---|---|
@@ -48,9 +54,22 @@ Pruned with Surgeon {origin["versions"]["surgeon"]} {trained}: {describe_setting
 - Calibration: {calibration["n_sequences"]} sequences of {calibration["length"]} tokens of {_inline(calibration["source"])}
   ({_inline(calibration["split"])}, {_inline(calibration["revision"])}), seed {origin["seed"]}.
 - Evaluation: {_inline(evaluation["source"])} ({_inline(evaluation["split"])}, {_inline(evaluation["revision"])}).
-- Digest of the pruned weights: `{prune["weights_digest"]}`.
+- Digest of the weights: `{recovery["weights_digest"]}`.
 - Versions: {versions}.
 """
+
+
+def _recovery(facts: Mapping[str, Any]) -> str:
+    """What training came after pruning; nothing where there was none, or it did not help."""
+    if not facts["accepted"]:
+        return ""
+    corpus, given = facts["corpus"], facts["parameters"]
+    return (
+        f" Then trained ({given['method']}) to step {facts['best_step']} of {facts['steps']}, "
+        f"{given['batch_tokens']:,} tokens each, on {_inline(corpus['source'])} ({_inline(corpus['split'])}), at a "
+        f"peak rate of {given['learning_rate']:g}: perplexity {facts['before']['perplexity']:.2f} before, "
+        f"{facts['after']['perplexity']:.2f} after."
+    )
 
 
 def describe_settings(resolved: dict[str, Any]) -> str:

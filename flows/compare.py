@@ -13,6 +13,7 @@ from flows.compare_spec import Run, shots_of
 from flows.comparison import Cell, Comparison, Row, Table, Usage
 from flows.planning import require_possible
 from flows.prune import prune
+from flows.recovery import Recovered, check_recovery, recover
 from flows.results import provenance
 from flows.session import Session
 from flows.shot import Shot
@@ -21,9 +22,10 @@ from surgeon.errors import CorruptObjectError, EvictedError, InputError, Surgeon
 from surgeon.store import Reference, Store
 
 STAGE = "compare"
-_COSTS_MASK = ("costs", "mask")
-_UPDATE = ("update", "correction")
-_NOT_COUNTED = ("evaluation", "shot", "sequences", "windows")
+_COSTS_MASK = ("costs", "mask", "selection")
+_UPDATE = ("update", "correction", "dropped")
+_RECOVERY = ("training", "recovered")
+_NOT_COUNTED = ("evaluation", "shot", "sequences", "windows", "corpus", "recovery")
 
 
 def compare_all(session: Session, runs: Sequence[Run]) -> Comparison:
@@ -41,6 +43,7 @@ def compare_all(session: Session, runs: Sequence[Run]) -> Comparison:
     for run, one in zip(runs, sessions, strict=True):
         try:
             check_pruning(one)
+            check_recovery(one)
         except InputError as error:
             raise type(error)(f"{run.label} ({run.table}): {error}") from error
     session.register()
@@ -82,6 +85,7 @@ def _run(session: Session, run: Run) -> tuple[list[Cell], dict[str, Reference]]:
     try:
         require_possible(session)
         shots = prune(session)
+        recovered = {number: recover(session, shots[number - 1].state) for number in numbers}
     except (InputError, CorruptObjectError, EvictedError):
         raise
     except SurgeonError as error:
@@ -90,19 +94,28 @@ def _run(session: Session, run: Run) -> tuple[list[Cell], dict[str, Reference]]:
         cells = zip(run.sparsities, numbers, strict=True)
         return [Cell(sparsity, number, error=message) for sparsity, number in cells], {}
     store = session.store
-    cells = [_cell(store, sparsity, shots[:number]) for sparsity, number in zip(run.sparsities, numbers, strict=True)]
-    return cells, _references(shots)
+    cells = [
+        _cell(store, sparsity, shots[:number], recovered[number])
+        for sparsity, number in zip(run.sparsities, numbers, strict=True)
+    ]
+    trained = {ref.key: ref for each in recovered.values() for ref in each.references.values()}
+    return cells, _references(shots) | trained
 
 
-def _cell(store: Store, sparsity: float, shots: Sequence[Shot]) -> Cell:
+def _cell(store: Store, sparsity: float, shots: Sequence[Shot], recovered: Recovered) -> Cell:
     found = shots[-1].evaluation.attributes
+    facts = recovered.facts if recovered.references else None
     return Cell(
         sparsity=sparsity,
         shots=len(shots),
         reached=shots[-1].record["sparsity"],
         perplexity=found["perplexity"],
         loss=found["loss"],
-        usage=_usage(store, _references(shots).values()),
+        nonzero=found["nonzero"],
+        recovered=None if facts is None else facts["after"]["perplexity"],
+        tokens=None if facts is None else facts["tokens"],
+        accepted=None if facts is None else facts["accepted"],
+        usage=_usage(store, [*_references(shots).values(), *recovered.references.values()]),
     )
 
 
@@ -112,7 +125,7 @@ def _references(shots: Sequence[Shot]) -> dict[str, Reference]:
 
 def _usage(store: Store, references: Iterable[Reference]) -> Usage:
     """Seconds and memory from the records of the store, be they of this run or of an earlier one."""
-    statistics = costs_mask = update = 0.0
+    statistics = costs_mask = update = training = 0.0
     peaks = []
     for reference in references:
         if reference.kind in _NOT_COUNTED:
@@ -125,9 +138,11 @@ def _usage(store: Store, references: Iterable[Reference]) -> Usage:
             costs_mask += seconds
         elif reference.kind in _UPDATE:
             update += seconds
+        elif reference.kind in _RECOVERY:
+            training += seconds
         else:
             statistics += seconds
-    return Usage(statistics, costs_mask, update, max(peaks, default=None))
+    return Usage(statistics, costs_mask, update, training, max(peaks, default=None))
 
 
 def _protocol(session: Session, runs: Sequence[Run]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from flows.compare_spec import percent
-from flows.comparison import Comparison, Table, show_perplexity
+from flows.comparison import Comparison, Measure, Table, after_pruning, after_recovery, show_perplexity
 
 _PANELS_A_LINE = 2
 _WIDTH, _HEIGHT, _LEGEND_LINE = 6.6, 4.2, 0.21
@@ -28,17 +28,18 @@ _RUINED = 50
 
 def draw_comparison(comparison: Comparison) -> bytes:
     """The plot as PNG; the same bytes for the same numbers."""
-    tables = comparison.tables
-    across = min(_PANELS_A_LINE, len(tables))
-    down = math.ceil(len(tables) / across)
-    rows = max(len(table.rows) for table in tables)
+    shown = [(table, measure) for table in comparison.tables for measure in _measures(table)]
+    across = min(_PANELS_A_LINE, len(shown))
+    down = math.ceil(len(shown) / across)
+    rows = max(len(table.rows) for table, _ in shown)
     figure = Figure(figsize=(_WIDTH * across, (_HEIGHT + _LEGEND_LINE * (rows + 1)) * down), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(down, across, squeeze=False).flat
-    for table, panel in zip(tables, panels, strict=False):
-        (_draw_points if len(table.sparsities) == 1 else _draw_lines)(panel, table, comparison.dense["perplexity"])
-        panel.set_title(_label(table.title, 60))
-    for panel in list(figure.axes)[len(tables) :]:
+    for (table, measure), panel in zip(shown, panels, strict=False):
+        draw = _draw_points if len(table.sparsities) == 1 else _draw_lines
+        draw(panel, table, measure, comparison.dense["perplexity"])
+        panel.set_title(_label(f"{table.title}, recovered" if measure is after_recovery else table.title, 60))
+    for panel in list(figure.axes)[len(shown) :]:
         panel.remove()
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=_DPI, metadata={"Software": None})
@@ -50,14 +51,18 @@ def _shown(value: float, dense: float) -> float:
     return min(value, _RUINED * dense)
 
 
-def _draw_lines(panel: Axes, table: Table, dense: float) -> None:
+def _measures(table: Table) -> list[Measure]:
+    return [after_pruning, after_recovery] if table.has_recovery else [after_pruning]
+
+
+def _draw_lines(panel: Axes, table: Table, measure: Measure, dense: float) -> None:
     """Lines over sparsity, told apart by marker and dashes as well as by colour."""
     handles = [panel.axhline(dense, color="0.3", linestyle=(0, (6, 3)), linewidth=1.2)]
     for index, row in enumerate(table.rows):
-        cells = [cell for cell in row.cells if cell.perplexity is not None]
+        points = [(cell.sparsity, value) for cell in row.cells if (value := measure(cell)) is not None]
         handles += panel.plot(
-            [cell.sparsity for cell in cells],
-            [_shown(cell.perplexity, dense) for cell in cells if cell.perplexity is not None],
+            [sparsity for sparsity, _ in points],
+            [_shown(value, dense) for _, value in points],
             color=f"C{index % 10}",
             marker=_MARKERS[index % len(_MARKERS)],
             linestyle=_LINES[index // 10 % len(_LINES)],
@@ -76,10 +81,10 @@ def _draw_lines(panel: Axes, table: Table, dense: float) -> None:
     _ticks(panel, "y")
 
 
-def _draw_points(panel: Axes, table: Table, dense: float) -> None:
+def _draw_points(panel: Axes, table: Table, measure: Measure, dense: float) -> None:
     """One sparsity: a line of text for each row with a point and its value."""
     for index, row in enumerate(table.rows):
-        value = row.cells[0].perplexity
+        value = measure(row.cells[0])
         if value is not None:
             shown = _shown(value, dense)
             panel.plot(shown, index, color=f"C{index % 10}", marker=_MARKERS[index % len(_MARKERS)], markersize=8)

@@ -1,6 +1,6 @@
 """What `surgeon compare` is asked for: tables of methods by sparsity, on equal terms.
 
-All rows share the model, the calibration and the evaluation; only `prune.*` and `seed` may differ.
+All rows share the model, the calibration and the evaluation; only `prune.*`, `recovery.*` and `seed` may differ.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from surgeon.errors import ParameterError
 
 DENSE = "dense"
 """Name of the row of the model before pruning."""
-FREE_SECTIONS = ("prune", "seed")
+FREE_SECTIONS = ("prune", "recovery", "seed")
 """What may differ between rows."""
 _SAME_TARGET = 1e-9
 
@@ -202,7 +202,7 @@ def _require_free(overrides: Sequence[str], where: str) -> None:
         if (section := next(iter(tree))) not in FREE_SECTIONS:
             raise ParameterError(
                 f"{where}: set: {override}: rows must have the same {section}, to be compared on equal terms; only "
-                f"{' and '.join(FREE_SECTIONS)} may differ. Set it for all tables at the top of the file, or with -S"
+                f"{', '.join(FREE_SECTIONS)} may differ. Set it for all tables at the top of the file, or with -S"
             )
     _require_no_sparsity(overrides, where)
 

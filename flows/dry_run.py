@@ -15,6 +15,7 @@ from surgeon.store import PlannedStore, promised_digest
 from tasks.block_times import block_times_request, block_times_task
 from tasks.calibration import sequences_request, sequences_task, windows_request, windows_task
 from tasks.context import Context
+from tasks.corpus import corpus_request, corpus_task
 from tasks.correction import correction_requests, correction_task
 from tasks.costs import cost_request, cost_task
 from tasks.curvature import boundary_request
@@ -31,6 +32,7 @@ from tasks.layers import (
 )
 from tasks.mask import MASK, mask_request, mask_task
 from tasks.measuring import boundary_task, curvature_requests, curvature_task
+from tasks.recovery import recovered_requests, recovered_task
 from tasks.refining import kronecker_terms_task, moments_task, refining_requests
 from tasks.selection import (
     DROPPED,
@@ -43,6 +45,7 @@ from tasks.selection import (
 )
 from tasks.spectra import Here, spectrum_request, spectrum_task
 from tasks.stage import Outcome, Request, Site, readable
+from tasks.training import training_request, training_task
 from tasks.update import UPDATE, update_request, update_task
 
 T = TypeVar("T")
@@ -158,6 +161,8 @@ _SINGLE: Mapping[Callable[..., Any], Callable[..., Request]] = {
     sub_layer_task: sub_layer_request,
     losses_task: losses_request,
     block_cost_task: lambda _context, work: block_cost_request(work),
+    corpus_task: lambda context, spec, settings, _windows: corpus_request(context, spec, settings),
+    training_task: training_request,
     selection_task: lambda _context, rule, measured, label: selection_request(rule, measured, label),
 }
 """Tasks of one result, and the request for it from the same arguments."""
@@ -171,6 +176,8 @@ def _requests(store: PlannedStore, body: Callable[..., Any], args: tuple[Any, ..
         return False, list(curvature_requests(*args).values())
     if body is correction_task:
         return False, correction_requests(*args)
+    if body is recovered_task:
+        return False, list(recovered_requests(*args).values())
     if body is dropped_task:
         return False, dropped_requests(*args[1:])
     second = {moments_task: Statistic.MOMENTS, kronecker_terms_task: Statistic.KRONECKER_TERMS}

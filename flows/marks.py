@@ -83,7 +83,8 @@ def _add_revision(marks: Marks, home: Path, revision: Revision) -> None:
 
 def _workspace_keys(home: Path) -> Iterator[str]:
     data = Workspace(home).data
-    for path in (data / "manifest.json", *sorted(data.glob("stages/*.json")), *sorted(data.glob("compare/*.json"))):
+    made = [*sorted(data.glob("stages/*.json")), *sorted(data.glob("compare/*.json"))]
+    for path in (data / "manifest.json", data / "recovery.json", *made):
         if path.is_file():
             try:
                 yield from keys_in(json.loads(path.read_text(encoding="utf-8")))

@@ -13,6 +13,7 @@ from flows.params import EngineName
 from flows.session import Session
 from flows.work import WorkModel
 from flows.work_after import exported_bytes
+from flows.work_recovery import recovery_gib
 from surgeon.correction.adapters import AdapterSettings
 from surgeon.errors import ParameterError, StoreError
 from surgeon.memory import solve_gib
@@ -25,8 +26,10 @@ from tasks.export import export_task
 from tasks.layer_costs import block_cost_task
 from tasks.layers import losses_task, similarity_task, sub_layer_task
 from tasks.measuring import curvature_task
+from tasks.recovery import recovered_task
 from tasks.refining import kronecker_terms_task, moments_task
 from tasks.selection import dropped_task
+from tasks.training import training_task
 from tasks.update import update_task
 
 GIB = 2**30
@@ -127,6 +130,8 @@ def _by_body(session: Session) -> dict[Any, Callable[[], float]]:
         dropped_task: lambda: solve,
         sample_task: lambda: whole,
         block_times_task: lambda: estimate.evaluation_gib,
+        training_task: lambda: recovery_gib(session),
+        recovered_task: lambda: recovery_gib(session),
         export_task: lambda: estimate.trunk / GIB + 3 * estimate.weights / GIB / session.context.blocks_per_group,
     }
 
@@ -203,7 +208,7 @@ def require_memory(session: Session, needs: MemoryNeeds, available_gib: float | 
         if need - needs.idle > limit:
             raise ParameterError(
                 f"run.memory_gib: {stage} needs about {_gib(need - needs.idle)} GiB, but "
-                f"{f'the budget is {given:g} GiB' if bound else here}. {_ADVICE.get(stage, _WHOLE)}"
+                f"{f'the budget is {given:g} GiB' if bound else here}. {(_ADVICE | _WHOLE_ADVICE).get(stage, _WHOLE)}"
             )
     for name, need in needs.children.items():
         if need > available:
@@ -231,6 +236,12 @@ _ADVICE = {
     "prune: removal-losses": _BATCH.format("calibrate"),
     "prune: block-cost": _SOLVED,
 }
+_WHOLE_ADVICE = {
+    "recovery": "The whole model is in memory there with its gradients and two moments: lower recovery.micro_batch or "
+    "recovery.length, use recovery.method=lora, which has few moments, or drop terms that need the dense model, or "
+    "give more memory."
+}
+"""Of what does not run block by block, so that run.memory_gib does not bound it."""
 _WHOLE = "The whole model is in memory there: use model.dtype=bfloat16 or prune.correction=none, or give more memory."
 _CHILD_ADVICE = {
     "load back": "The export is loaded whole to be checked: use export.dtype=bfloat16, or give more memory.",

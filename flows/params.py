@@ -14,11 +14,12 @@ from pydantic_core import PydanticCustomError
 
 from flows.params_problems import describe, raise_problems
 from flows.params_prune import PruneParams
+from flows.params_recovery import RecoveryParams
 from flows.params_section import Integer, Number, Positive, Section, Word
+from flows.params_text import TextParams
 from flows.params_yaml import apply_override, read_yaml
 from surgeon.choices import Device, Dtype, ExportLayout, Keep, SequenceOrder
-from surgeon.errors import ParameterError, TextError
-from surgeon.text import TextSpec, check_spec
+from surgeon.errors import ParameterError
 
 
 class EngineName(StrEnum):
@@ -35,27 +36,6 @@ class ModelParams(Section):
     revision: Word | None = None
     dtype: Dtype = Dtype.FLOAT32
     trust_remote_code: StrictBool = False
-
-
-class TextParams(Section):
-    """A text; see `surgeon.text.TextSpec`."""
-
-    source: Word = "python-docs"
-    split: Word | None = None
-    column: Word | None = None
-    revision: Word | None = None
-
-    def spec(self) -> TextSpec:
-        """Returns the same as the library names it."""
-        return TextSpec(self.source, self.split, self.column, self.revision)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        try:
-            check_spec(self.spec())
-        except TextError as error:
-            raise PydanticCustomError("text", "{reason}", {"reason": str(error)}) from error
-        return self
 
 
 class CalibrateParams(Section):
@@ -135,6 +115,7 @@ class Params(Section):
     calibrate: CalibrateParams = CalibrateParams()
     evaluate: EvaluateParams = EvaluateParams()
     prune: PruneParams = PruneParams()
+    recovery: RecoveryParams = RecoveryParams()
     export: ExportParams = ExportParams()
     benchmark: BenchmarkParams = BenchmarkParams()
     report: ReportParams = ReportParams()
@@ -142,7 +123,13 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        calibrate, evaluate = self.calibrate.text, self.evaluate.text
+        calibrate, evaluate, recovery = self.calibrate.text, self.evaluate.text, self.recovery.text
+        if recovery is not None and (recovery.source, recovery.split) == (evaluate.source, evaluate.split):
+            raise PydanticCustomError(
+                "same_text",
+                "recovery.text and evaluate.text are the same source and split; a model must not be scored on the text "
+                "it was trained on, so choose another split or source for one of them",
+            )
         if (calibrate.source, calibrate.split) == (evaluate.source, evaluate.split):
             raise PydanticCustomError(
                 "same_text",

@@ -12,6 +12,7 @@ from flows.goal import BATCH, LENGTH, Goal, require_goal
 from flows.needs import Needs, disk_needs, memory_needs, require_disk, require_memory
 from flows.params import EngineName
 from flows.prune import prune
+from flows.recovery import Recovered, recover
 from flows.session import Session
 from flows.shot import Shot
 from flows.spectra import make_spectra
@@ -127,14 +128,18 @@ def dry_run(session: Session, *, whole: bool) -> tuple[DryRun, Session]:
     dense = engine.stage("evaluate", partial(_evaluated, other))
     shots: list[Shot] = engine.stage("prune", lambda: _shots(other))
     if whole:
-        _after_pruning(engine, other, dense, shots)
+        recovered = engine.stage("recovery", lambda: recover(other, shots[-1].state))
+        _after_pruning(engine, other, dense, shots, recovered)
     return dry, other
 
 
-def _after_pruning(engine: DryEngine, session: Session, dense: Reference, shots: list[Shot]) -> None:
-    dry, state, settings = engine.dry, shots[-1].state, session.params.report
+def _after_pruning(
+    engine: DryEngine, session: Session, dense: Reference, shots: list[Shot], recovered: Recovered
+) -> None:
+    dry, state, settings = engine.dry, recovered.state, session.params.report
     made = (dense.digest, shots[-1].evaluation.digest, *(part.digest for part in state.stored))
-    exported = not any(map(is_promised, made)) and has_export(session, dense, shots)
+    is_known = bool(recovered.facts) and not any(map(is_promised, made))
+    exported = is_known and has_export(session, dense, shots, recovered)
     dry.add("export", "export", export_task, (state,), missing=not exported)
     measured = exported and known_figures(session) is not None
     dry.add("benchmark", "benchmark", benchmark_task, (state,), missing=not measured)
@@ -241,5 +246,5 @@ _ORDER = (
     *("calibrate", "evaluate", "prune: block-times", "prune: curvature", "prune: costs", "prune: mask"),
     *("prune: similarity", "prune: sub-layer-similarity", "prune: removal-losses", "prune: block-cost"),
     *("prune: selection", "prune: dropped", "prune: update", "prune: correction", "prune: evaluation"),
-    *("prune: spectra", "export", "benchmark", "report"),
+    *("prune: spectra", "recovery", "export", "benchmark", "report"),
 )

@@ -9,7 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.compare_spec import DENSE, percent
-from flows.comparison import USAGE_TITLES, Cell, Comparison, show_perplexity
+from flows.comparison import (
+    USAGE_TITLES,
+    Cell,
+    Comparison,
+    Measure,
+    after_pruning,
+    after_recovery,
+    show_perplexity,
+)
 from flows.render_benchmark import benchmark_lines, benchmark_rows
 
 _PLAIN_WIDTH = 160
@@ -95,20 +103,28 @@ def render_comparison(comparison: Comparison, console: Console) -> None:
     """One table for each of a comparison; the best of each column is bold."""
     for found in comparison.tables:
         table = Table(title=Text(found.title), title_justify="left")
-        for name in ("", *map(percent, found.sparsities), *USAGE_TITLES):
+        measures: list[Measure] = [after_pruning, *([after_recovery] if found.has_recovery else [])]
+        sparsities = [percent(sparsity) for sparsity in found.sparsities]
+        recovered = [f"{sparsity}, recovered" for sparsity in sparsities] if found.has_recovery else []
+        for name in ("", *sparsities, *recovered, *USAGE_TITLES):
             table.add_column(name, justify="right" if name else "left")
         dense = [show_perplexity(comparison.dense["perplexity"])] * len(found.sparsities)
         table.add_row(DENSE, *dense)
         for row in found.rows:
-            cells = [_comparison_cell(cell, found.best(column)) for column, cell in enumerate(row.cells)]
+            cells = [
+                _comparison_cell(cell, measure, found.best(column, measure))
+                for measure in measures
+                for column, cell in enumerate(row.cells)
+            ]
             table.add_row(Text(" ".join(row.name.split())), *cells, *row.usage.texts())
         console.print(table)
 
 
-def _comparison_cell(cell: Cell, best: float | None) -> Text:
-    if cell.perplexity is None:
-        return Text("failed")
-    return Text(show_perplexity(cell.perplexity), style="bold" if cell.perplexity == best else "")
+def _comparison_cell(cell: Cell, measure: Measure, best: float | None) -> Text:
+    value = measure(cell)
+    if value is None:
+        return Text("failed" if cell.error else "-")
+    return Text(show_perplexity(value), style="bold" if value == best else "")
 
 
 def render_evaluation(facts: dict[str, Any], console: Console) -> None:

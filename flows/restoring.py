@@ -88,7 +88,7 @@ def _restore(workspace: Workspace, references: dict[str, Reference]) -> Restored
     done = Restored(0, 0, 0, [])
     for name, reference in references.items():
         try:
-            is_new = take_in(store, reference, workspace.view / name)
+            is_new = take_in(store, reference, workspace.view_of(name))
         except CorruptObjectError as error:
             done.damaged.append(f"{name}: {error}")
             continue

@@ -1,9 +1,10 @@
 """What stages find, as written to `data/stages/*.json` and as read from there."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flows.card import model_card
+from flows.recovery import Recovered
 from flows.session import Session
 from flows.shot import Shot
 from flows.workspace import read_json
@@ -37,20 +38,22 @@ def prune_facts(session: Session, shots: Sequence[Shot]) -> dict[str, Any]:
     }
 
 
-def export_wanted(
-    session: Session, dense: dict[str, Any], pruned: dict[str, Any], texts: dict[str, Any]
-) -> tuple[str, str, str]:
-    """Dtype, layout and model card of the export, from the facts of the stages before."""
+def export_wanted(session: Session, found: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Dtype, layout and model card of the export, from the facts of the stages before, by their name."""
     settings = session.params.export
-    card = model_card(session, dense, pruned, texts)
+    card = model_card(session, found)
     return str(settings.dtype or session.params.model.dtype), str(settings.layout), card
 
 
-def has_export(session: Session, dense: Reference, shots: Sequence[Shot]) -> bool:
-    """Whether the export of finished shots is in the place of the pipeline, as it would be written."""
-    facts = prune_facts(session, shots)
-    wanted = export_wanted(session, dict(dense.attributes), facts, calibrate_facts(session))
-    return is_exported(session.workspace.export, export_record(shots[-1].state, *wanted))
+def has_export(session: Session, dense: Reference, shots: Sequence[Shot], recovered: Recovered) -> bool:
+    """Whether the export of finished shots and recovery is in the place of the pipeline, as it would be written."""
+    found = {
+        "evaluate": dict(dense.attributes),
+        "prune": prune_facts(session, shots),
+        "recovery": recovered.facts,
+        "calibrate": calibrate_facts(session),
+    }
+    return is_exported(session.workspace.export, export_record(recovered.state, *export_wanted(session, found)))
 
 
 def _shot_facts(shot: Shot) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The stages of the pipeline as flows, and `run` for all.
 
-model → calibrate → evaluate → prune → export → benchmark → report.
+model → calibrate → evaluate → prune → recovery → export → benchmark → report.
 
 Each stage writes `data/stages/<stage>.json`, which depends on its inputs alone, so that DVC sees a change only where
 there is one; how it went (seconds, tasks) goes to `data/timings/<stage>.json`.
@@ -19,6 +19,7 @@ from flows.machine import rates_at_hand
 from flows.manifest import read_references
 from flows.planning import outline_run, require_fits
 from flows.prune import prune
+from flows.recovery import check_recovery, recover
 from flows.render_plan import plan_line
 from flows.report import write_report
 from flows.results import build_results, provenance
@@ -33,7 +34,7 @@ from tasks.context import ModelState
 from tasks.evaluation import evaluation_task, sample_task
 from tasks.export import export_task
 
-STAGES = ("model", "calibrate", "evaluate", "prune", "export", "benchmark", "report")
+STAGES = ("model", "calibrate", "evaluate", "prune", "recovery", "export", "benchmark", "report")
 
 
 def model(session: Session) -> None:
@@ -88,6 +89,17 @@ def prune_stage(session: Session) -> None:
     _finish(session, "prune", references, facts)
 
 
+def recovery(session: Session) -> None:
+    """Trains the pruned model, if that is wanted, then writes a manifest and a view of its own."""
+    require_same_parameters(session)
+    recovered = recover(session, pruned_state(session))
+    references = recovered.references
+    manifest = {name: ref.to_json() for name, ref in sorted(references.items())}
+    write_json(session.workspace.recovery_manifest, manifest)
+    build_view(session.store, {n: r.key for n, r in references.items()}, session.workspace.recovery_view)
+    _finish(session, "recovery", references, recovered.facts)
+
+
 def export(session: Session) -> None:
     """Writes the pruned checkpoint to the place of the pipeline and loads it back."""
     _finish(session, "export", {}, export_to(session, session.workspace.export))
@@ -104,7 +116,7 @@ def export_pruned(session: Session, destination: Path | None, *, overwrite: bool
     if is_own:
         run_stage(session, "export", lambda: _finish(session, "export", {}, export_to(session, own, overwrite=True)))
     else:
-        session.stage("export", lambda: export_to(session, place, overwrite=True), partial(prune_stage, session))
+        session.stage("export", lambda: export_to(session, place, overwrite=True), partial(_make_again, session))
 
 
 def export_to(session: Session, destination: Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -121,10 +133,12 @@ def export_to(session: Session, destination: Path, *, overwrite: bool = False) -
     own = session.workspace.export
     require_destination(destination, is_own=destination.resolve() == own.resolve(), overwrite=overwrite)
     require_same_parameters(session)
-    texts = stage_facts(session, "calibrate")
-    wanted = export_wanted(session, stage_facts(session, "evaluate"), stage_facts(session, "prune"), texts)
+    state = final_state(session)
+    wanted = export_wanted(
+        session, {n: stage_facts(session, n) for n in ("calibrate", "evaluate", "prune", "recovery")}
+    )
     facts: dict[str, Any] = session.engine.task(
-        export_task, session.context, pruned_state(session), destination, *wanted, name="export"
+        export_task, session.context, state, destination, *wanted, name="export"
     )
     return facts
 
@@ -150,7 +164,7 @@ def report(session: Session) -> None:
         name: session.engine.task(
             sample_task, session.context, state, settings.prompt, settings.new_tokens, name, name=f"{name}/sample"
         )
-        for name, state in (("dense", session.dense), ("pruned", pruned_state(session)))
+        for name, state in (("dense", session.dense), ("pruned", final_state(session)))
     }
     named = {f"{name}/sample": sample for name, sample in samples.items()}
     facts = {"samples": {name: sample.attributes for name, sample in samples.items()}}
@@ -162,13 +176,14 @@ _BODIES: dict[str, Callable[[Session], None]] = {
     "calibrate": calibrate,
     "evaluate": evaluate,
     "prune": prune_stage,
+    "recovery": recovery,
     "export": export,
     "benchmark": benchmark,
     "report": report,
 }
 
 
-_READERS_OF_PRUNED = ("export", "benchmark", "report")
+_READERS_OF_PRUNED = ("recovery", "export", "benchmark", "report")
 
 
 def run_stage(session: Session, name: str, body: Callable[[], None] | None = None) -> None:
@@ -186,7 +201,7 @@ def run_stage(session: Session, name: str, body: Callable[[], None] | None = Non
 
 def _run_stage(session: Session, name: str, body: Callable[[], None] | None = None) -> None:
     session.register()
-    repair = partial(prune_stage, session) if name in _READERS_OF_PRUNED else lambda: None
+    repair = partial(_make_again, session, name) if name in _READERS_OF_PRUNED else lambda: None
     session.stage(name, body or partial(_BODIES[name], session), repair)
     write_timing(session, name)
 
@@ -199,6 +214,7 @@ def check_run(session: Session) -> None:
     """
     require_destination(session.workspace.export, is_own=True, overwrite=False, quick=True)
     check_prunable(session)
+    check_recovery(session)
 
 
 def run_all(session: Session) -> dict[str, Any]:
@@ -221,7 +237,14 @@ def write_results(session: Session) -> dict[str, Any]:
 
     It comes after the last stage, so that the time of that one is in it.
     """
-    return session.healed(partial(_write_results, session), partial(prune_stage, session))
+    return session.healed(partial(_write_results, session), partial(_make_again, session))
+
+
+def _make_again(session: Session, reader: str = "") -> None:
+    """Makes what a stage reads without asking for it: what pruning left, and what recovery made of it."""
+    prune_stage(session)
+    if reader != "recovery":
+        recovery(session)
 
 
 def _announce(session: Session) -> None:
@@ -261,6 +284,23 @@ def pruned_state(session: Session) -> ModelState:
             f"run `surgeon prune` for this one, or give -S model.source={source}"
         )
     return ModelState.from_json(session.checkpoint.digest, facts["state"])
+
+
+def final_state(session: Session) -> ModelState:
+    """The state that is exported: after recovery, which may have left it as pruning did.
+
+    Raises:
+        InputError: the recovery stage has not run since the model was pruned, or ran with other parameters.
+    """
+    pruned = pruned_state(session)
+    found, given = stage_facts(session, "recovery"), session.params
+    wanted = given.recovery.resolved(batch_size=given.run.batch_size, seed=given.seed)
+    if found["pruned_digest"] != pruned.digest or found["parameters"] != wanted:
+        raise InputError(
+            "the last recovery stage ran on another pruned model, or with other parameters: run `surgeon recovery` "
+            "first, or give the same -S options"
+        )
+    return ModelState.from_json(session.checkpoint.digest, found["state"])
 
 
 def dense_evaluation(session: Session) -> Reference:

@@ -13,6 +13,7 @@ from flows.live import LiveShare
 from flows.session import Session
 from flows.work_after import benchmark_work, block_shapes, export_work, n_windows, token_work
 from flows.work_layers import layer_works
+from flows.work_recovery import recovery_bytes, recovery_works
 from surgeon.curvature.spec import Statistic
 from surgeon.planning.passes import (
     BlockShape,
@@ -94,6 +95,7 @@ class WorkModel:
             export_task: lambda _state: self._export(),
             benchmark_task: lambda _state: benchmark_work(self.session),
             **layer_works(self.session),
+            **recovery_works(self.session),
         }
         return bodies[step.body](*step.arguments)
 
@@ -158,7 +160,7 @@ class WorkModel:
         """Bytes on the disk of a result of a block."""
         session = self.session
         number = n_arrays(session.model, kind, block, session.recipe, session.measured_linears)
-        return OBJECT_BYTES + number * ARRAY_BYTES + self._bytes(kind, block)
+        return OBJECT_BYTES + number * ARRAY_BYTES + self._bytes(kind, block) + recovery_bytes(session, kind)
 
     def _passing(self, measured: Measured, group: range, *, backward: bool, draws: int) -> Work:
         """A pass through one group of blocks."""

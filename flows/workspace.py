@@ -56,6 +56,20 @@ class Workspace:
         return self.data / "manifest.json"
 
     @property
+    def recovery_view(self) -> Path:
+        """The objects of the recovery stage, likewise: a stage of DVC of its own cannot write into another's."""
+        return self.data / "recovery.zarr"
+
+    @property
+    def recovery_manifest(self) -> Path:
+        """Readable names → references of the recovery stage; all begin with "recovery/"."""
+        return self.data / "recovery.json"
+
+    def view_of(self, name: str) -> Path:
+        """Where a result lies in a view, by its readable name."""
+        return (self.recovery_view if name.startswith("recovery/") else self.view) / name
+
+    @property
     def export(self) -> Path:
         """The pruned checkpoint."""
         return self.data / "export"

@@ -73,9 +73,9 @@ def require_length(model: ModelSpec, length: int, where: str) -> None:
         raise TextError(f"{where}: got {length} tokens, but the model's positions end at {limit}; ask for at most that")
 
 
-def require_separate(calibration: TextSpec, evaluation: TextSpec) -> None:
-    """Refuses to evaluate on the text that calibrates."""
-    require_disjoint(read_text(calibration), read_text(evaluation))
+def require_separate(calibration: TextSpec, evaluation: TextSpec, what: str = "calibration") -> None:
+    """Refuses to evaluate on the text that calibrates, or what else it is used for."""
+    require_disjoint(read_text(calibration), read_text(evaluation), what)
 
 
 def sequences_request(context: Context, spec: SequenceSpec) -> Request:
@@ -87,26 +87,26 @@ def sequences_request(context: Context, spec: SequenceSpec) -> Request:
         "seed": spec.seed,
         "shot": spec.shot,
     }
-    return Request(SEQUENCES, parameters, _open(context, spec.text)[2], "calibration/sequences")
+    return Request(SEQUENCES, parameters, open_text(context, spec.text)[2], "calibration/sequences")
 
 
 def windows_request(context: Context, spec: WindowSpec) -> Request:
     """The request for evaluation windows; reads the text and the tokenizer for their digests."""
     parameters = {"n_windows": spec.n_windows, "length": spec.length}
-    return Request(WINDOWS, parameters, _open(context, spec.text)[2], "evaluation/windows")
+    return Request(WINDOWS, parameters, open_text(context, spec.text)[2], "evaluation/windows")
 
 
 def sequences_task(context: Context, spec: SequenceSpec) -> Outcome[Reference]:
     """Calibration sequences `[n_sequences, length]` int64 with their offsets in the text."""
     require_length(context.model, spec.length, "calibrate.length")
-    text, tokenizer, inputs = _open(context, spec.text)
+    text, tokenizer, inputs = open_text(context, spec.text)
 
     def compute() -> Product:
         tokens = tokenize(text, tokenizer)
         drawn = sample_sequences(tokens, spec.n_sequences, spec.length, (spec.seed, spec.shot), spec.order)
         return Product(
             {"tokens": drawn.tokens, "offsets": drawn.offsets},
-            {**_origin(text, inputs), "n_sequences": spec.n_sequences, "length": spec.length},
+            {**origin(text, inputs), "n_sequences": spec.n_sequences, "length": spec.length},
         )
 
     return produce(context, sequences_request(context, spec), compute)
@@ -115,11 +115,11 @@ def sequences_task(context: Context, spec: SequenceSpec) -> Outcome[Reference]:
 def windows_task(context: Context, spec: WindowSpec, calibration: Reference) -> Outcome[Reference]:
     """Evaluation windows `[n_windows, length]` int64; refused if they repeat the calibration sequences."""
     require_length(context.model, spec.length, "evaluate.length")
-    text, tokenizer, inputs = _open(context, spec.text)
+    text, tokenizer, inputs = open_text(context, spec.text)
 
     def compute() -> Product:
         windows = consecutive_windows(tokenize(text, tokenizer), spec.length, spec.n_windows)
-        return Product({"tokens": windows}, {**_origin(text, inputs), "n_windows": len(windows), "length": spec.length})
+        return Product({"tokens": windows}, {**origin(text, inputs), "n_windows": len(windows), "length": spec.length})
 
     outcome = produce(context, windows_request(context, spec), compute)
     require_low_overlap(
@@ -134,7 +134,8 @@ def overlap(context: Context, calibration: Reference, windows: Reference) -> flo
     return shared_fraction(first, second)
 
 
-def _open(context: Context, spec: TextSpec) -> tuple[Text, PreTrainedTokenizerBase, dict[str, str]]:
+def open_text(context: Context, spec: TextSpec) -> tuple[Text, PreTrainedTokenizerBase, dict[str, str]]:
+    """A text, the tokenizer of the model, and the digests of both, which are inputs of what is made of them."""
     text, checkpoint = read_text(spec), context.model.checkpoint
     return text, load_tokenizer(checkpoint), {"text": text.digest, "tokenizer": _tokenizer_digest(checkpoint)}
 
@@ -144,7 +145,8 @@ def _tokenizer_digest(checkpoint: Checkpoint) -> str:
     return tokenizer_digest(load_tokenizer(checkpoint))
 
 
-def _origin(text: Text, inputs: dict[str, str]) -> dict[str, Any]:
+def origin(text: Text, inputs: dict[str, str]) -> dict[str, Any]:
+    """Where the tokens of a result come from, for its attributes."""
     return {
         "source": text.source,
         "split": text.split,

@@ -84,7 +84,7 @@ def _corrected(context: Context, state: ModelState, block: int, result: AdapterR
     for shape in context.model.blocks[block]:
         full_name = f"{context.model.blocks_path}.{block}.{shape.name}.weight"
         before, after = arrays[f"{shape.name}/weight"], result.weights[full_name].numpy()
-        linears[shape.name] = attributes["linears"][shape.name] | {"correction_size": _relative_change(before, after)}
+        linears[shape.name] = attributes["linears"][shape.name] | {"correction_size": relative_change(before, after)}
         arrays[f"{shape.name}/weight"] = after
     facts = {
         "accepted": result.accepted,
@@ -96,7 +96,7 @@ def _corrected(context: Context, state: ModelState, block: int, result: AdapterR
     return Product(arrays, {**attributes, "linears": linears, "correction": facts})
 
 
-def _relative_change(before: NDArray[Any], after: NDArray[Any]) -> float:
+def relative_change(before: NDArray[Any], after: NDArray[Any]) -> float:
     """Norm of the change of a weight over its norm; 0 for a weight that is zero."""
     norm = np.linalg.norm(before.astype(np.float64))
     return float(np.linalg.norm(after.astype(np.float64) - before) / norm) if norm else 0.0

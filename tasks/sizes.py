@@ -60,8 +60,12 @@ def n_arrays(model: ModelSpec, kind: str, block: int, recipe: Recipe, linears: C
         "block-cost": 0,
         "selection": 0,
         "dropped": whole + biases + 2,
+        "corpus": 4,
+        "training": 3 * sum(len(linears) + 2 for linears in model.blocks),
+        "recovery": 0,
     }
     counts["correction"] = counts["update"]
+    counts["recovered"] = counts["update"] + 2
     return counts.get(kind, len(shapes))
 
 
@@ -103,6 +107,7 @@ def array_bytes(
         "mask": sum(s.n_out + s.n_in for b in model.blocks for s in b) if is_structured(recipe.granularity) else 0,
         "update": updated,
         "correction": updated,
+        "recovered": updated + FLOAT32 * (model.n_parameters - model.n_weights) // model.n_blocks,
         "similarity": FLOAT64 * (model.n_blocks + (model.n_blocks + 1) ** 2),
         "sub-layer-similarity": FLOAT64 * 2 * model.n_blocks,
         "dropped": FLOAT32 * sum(s.n_weights + s.n_out * s.has_bias for s in whole) + sides,

@@ -68,6 +68,7 @@ for _name, _doc in {
     "model": "Fetch or convert the model, and write down what it is.",
     "calibrate": "Draw calibration sequences and cut evaluation windows.",
     "prune": "Run the shots: curvature, costs, mask, update, evaluation.",
+    "recovery": "Train the pruned model (recovery.method: lora, full or distill), and evaluate it before and after.",
 }.items():
     app.command(_name)(_stage_command(_name, _doc))
 
@@ -259,12 +260,12 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt greedily with the dense model, the pruned one or any other."""
-    from flows.stages import pruned_state
+    from flows.stages import final_state
     from tasks.evaluation import sample_task
 
     given = [*(override or []), *([f"model.source={model}"] if model not in ("dense", "pruned") else [])]
     with open_project(project, params, given, True, "inline") as session:
-        state = pruned_state(session) if model == "pruned" else session.dense
+        state = final_state(session) if model == "pruned" else session.dense
         sample = session.engine.task(
             sample_task, session.context, state, prompt, tokens, model, name="sample"
         ).attributes

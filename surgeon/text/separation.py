@@ -19,14 +19,19 @@ SPAN_TOKENS = 32
 _HashArray = npt.NDArray[np.uint64]
 
 
-def require_disjoint(calibration: Text, evaluation: Text) -> None:
+def require_disjoint(calibration: Text, evaluation: Text, what: str = "calibration") -> None:
     """Checks that two texts are not the same and are not overlapping parts of one local file or directory.
+
+    Args:
+        calibration: what the model is changed with.
+        evaluation: what it is scored on.
+        what: the first is for, as messages call it.
 
     Raises:
         TextError: They are.
     """
     names = (
-        f"calibration on {calibration.source!r}, split {calibration.split!r}, and evaluation on "
+        f"{what} on {calibration.source!r}, split {calibration.split!r}, and evaluation on "
         f"{evaluation.source!r}, split {evaluation.split!r}"
     )
     if _is_local(calibration) and _is_local(evaluation):
@@ -38,7 +43,7 @@ def require_disjoint(calibration: Text, evaluation: Text) -> None:
             )
     elif (calibration.source, calibration.split) == (evaluation.source, evaluation.split):
         raise TextError(
-            f"Calibration and evaluation use the same split: {names}. Choose another split for one of them."
+            f"{what.capitalize()} and evaluation use the same split: {names}. Choose another split for one of them."
         )
     if calibration.digest == evaluation.digest:
         raise TextError(f"Both texts hold the same characters: {names}. Choose another text for one of them.")
@@ -49,6 +54,7 @@ def require_low_overlap(
     evaluation_windows: TokenArray,
     limit: float = 0.1,
     span: int = SPAN_TOKENS,
+    what: str = "calibration sequences",
 ) -> float:
     """Checks that little of the evaluation text occurs in the calibration sequences.
 
@@ -57,6 +63,7 @@ def require_low_overlap(
         evaluation_windows: `[n_windows, length]` int64 token ids; the lengths may differ.
         limit: Largest allowed fraction.
         span: Tokens that count as a repetition.
+        what: The first are, as the message calls them.
 
     Returns:
         The fraction of `shared_fraction`.
@@ -67,7 +74,7 @@ def require_low_overlap(
     fraction = shared_fraction(calibration_sequences, evaluation_windows, span)
     if fraction > limit:
         raise TextError(
-            f"{fraction:.1%} of the evaluation tokens occur word for word in the calibration sequences (spans of "
+            f"{fraction:.1%} of the evaluation tokens occur word for word in the {what} (spans of "
             f"{span} tokens; allowed is {limit:.1%}). The score would measure memory: choose another evaluation text."
         )
     return fraction

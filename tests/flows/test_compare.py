@@ -300,7 +300,7 @@ HOSTILE = [
 
 
 def hostile() -> Comparison:
-    cells = [Cell(s, 1, s, 40 + 100 * s, 3.0, Usage(1, 2, 3, 0.5)) for s in (0.1, 0.2)]
+    cells = [Cell(s, 1, s, 40 + 100 * s, 3.0, usage=Usage(1, 2, 3, 4, 0.5)) for s in (0.1, 0.2)]
     rows = [Row(name, f"settings of {name}", cells) for name in HOSTILE]
     rows.append(Row("failed", "s", [Cell(0.1, 1, error="x | <b>"), Cell(0.2, 1, error="y\n\n# z")]))
     one = [Row(name, "s", cells[:1]) for name in HOSTILE]
@@ -313,7 +313,7 @@ def test_names_do_not_break_markdown() -> None:
     text = markdown(hostile())
     table = [line for line in text.splitlines() if line.startswith("|")]
     columns = {line.replace(r"\|", "").count("|") for line in table}
-    assert columns == {1 + 1 + 2 + 4, 1 + 1 + 1 + 4}
+    assert columns == {1 + 1 + 2 + 5, 1 + 1 + 1 + 5}
     assert "<" not in text
     assert [line for line in text.splitlines() if line.startswith("#")] == [
         "# Comparison",
