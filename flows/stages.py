@@ -20,6 +20,7 @@ from flows.manifest import read_references
 from flows.planning import outline_run, require_fits
 from flows.prune import prune
 from flows.recovery import check_recovery, recover
+from flows.recovery_facts import untouched_facts
 from flows.render_plan import plan_line
 from flows.report import write_report
 from flows.results import build_results, provenance
@@ -27,6 +28,7 @@ from flows.session import Session
 from flows.spectra import make_spectra
 from flows.stage_facts import calibrate_facts, export_wanted, prune_facts, require_same_parameters, stage_facts
 from flows.workspace import read_json, write_json
+from surgeon.choices import Recovery
 from surgeon.errors import InputError
 from surgeon.peak import process_peak_gib
 from surgeon.store import Reference, build_view
@@ -134,9 +136,8 @@ def export_to(session: Session, destination: Path, *, overwrite: bool = False) -
     require_destination(destination, is_own=destination.resolve() == own.resolve(), overwrite=overwrite)
     require_same_parameters(session)
     state = final_state(session)
-    wanted = export_wanted(
-        session, {n: stage_facts(session, n) for n in ("calibrate", "evaluate", "prune", "recovery")}
-    )
+    found = {name: stage_facts(session, name) for name in ("calibrate", "evaluate", "prune")}
+    wanted = export_wanted(session, {**found, "recovery": recovery_found(session)})
     facts: dict[str, Any] = session.engine.task(
         export_task, session.context, state, destination, *wanted, name="export"
     )
@@ -259,7 +260,8 @@ def _announce(session: Session) -> None:
 
 
 def _write_results(session: Session) -> dict[str, Any]:
-    facts: dict[str, Any] = {n: stage_facts(session, n) for n in STAGES if n not in ("model", "benchmark")}
+    facts: dict[str, Any] = {n: stage_facts(session, n) for n in STAGES if n not in ("model", "recovery", "benchmark")}
+    facts["recovery"] = recovery_found(session)
     facts["benchmark"] = current_benchmark(session)
     # A stage that DVC took from its cache never ran here, as in an experiment or a new clone.
     timings = {name: found for name in STAGES if (found := read_json(session.workspace.timing_file(name)))}
@@ -290,17 +292,28 @@ def final_state(session: Session) -> ModelState:
     """The state that is exported: after recovery, which may have left it as pruning did.
 
     Raises:
-        InputError: the recovery stage has not run since the model was pruned, or ran with other parameters.
+        InputError: as `recovery_found`.
     """
-    pruned = pruned_state(session)
-    found, given = stage_facts(session, "recovery"), session.params
+    return ModelState.from_json(session.checkpoint.digest, recovery_found(session)["state"])
+
+
+def recovery_found(session: Session) -> dict[str, Any]:
+    """Facts of the recovery stage; where nothing is trained it need not have run.
+
+    Raises:
+        InputError: the stage has not run since the model was pruned, or ran with other parameters.
+    """
+    pruned, given = pruned_state(session), session.params
+    if given.recovery.method is Recovery.NONE:
+        return untouched_facts(session, pruned)
+    found = stage_facts(session, "recovery")
     wanted = given.recovery.resolved(batch_size=given.run.batch_size, seed=given.seed)
     if found["pruned_digest"] != pruned.digest or found["parameters"] != wanted:
         raise InputError(
             "the last recovery stage ran on another pruned model, or with other parameters: run `surgeon recovery` "
             "first, or give the same -S options"
         )
-    return ModelState.from_json(session.checkpoint.digest, found["state"])
+    return found
 
 
 def dense_evaluation(session: Session) -> Reference:

@@ -190,7 +190,7 @@ def test_what_is_kept(runs: Recoveries, keep: str) -> None:
 
 
 def test_training_that_harms_leaves_the_pruned_weights(runs: Recoveries) -> None:
-    recovered = runs.recover(learning_rate=0.5, warmup=0)
+    recovered = runs.recover(learning_rate=3.0, warmup=0)
     assert not recovered.facts["accepted"]
     assert recovered.state == runs.pruned
     assert recovered.facts["after"] == recovered.facts["before"]
