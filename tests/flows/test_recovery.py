@@ -13,7 +13,7 @@ from flows.manifest import read_references
 from flows.params import Params
 from flows.planning import dry_run
 from flows.prune import prune
-from flows.recovery import check_recovery, recover
+from flows.recovery import check_recovery, recover, segments_found
 from flows.session import Session
 from flows.stages import final_state, run_all
 from flows.workspace import Workspace
@@ -170,7 +170,10 @@ def test_it_goes_on_after_the_last_segment(runs: Recoveries, small: dict[str, An
     expected = whole.recover()
     with pytest.raises(StoppedError, match="segment-003"):
         runs.recover(stop_after=3)
-    again = runs.recover()
+    session = runs.session()
+    assert segments_found(session, runs.pruned, session.windows) == (2, 3)
+    again = recover(session, runs.pruned)
+    assert segments_found(session, runs.pruned, session.windows) == (3, 3)
     assert kinds(runs.ran) == {"training": 1, "recovered": 1, "evaluation": 1}
     assert again.state == expected.state
     assert again.facts == expected.facts
@@ -263,6 +266,9 @@ def test_the_pipeline_exports_what_was_recovered(small: dict[str, Any], tmp_path
     assert recovery["tokens_per_s"] > 0
     card = (session.workspace.export / "README.md").read_text()
     assert "Then trained (full) to step" in card
+    page = session.workspace.report.read_text()
+    assert 'id="recovery"' in page
+    assert f"{recovery['n_trained']:,} numbers trained on 768 tokens" in page
     references = read_references(session.workspace)
     assert references is not None
     assert {name for name in references if name.startswith("recovery/")} >= {"recovery/record", "recovery/corpus"}
