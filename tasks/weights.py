@@ -1,6 +1,6 @@
 """Opening the model of a state: the checkpoint with pruned blocks in place of its own."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
@@ -44,8 +44,16 @@ def block_tensors(context: Context, state: ModelState, block: int) -> Mapping[st
         for linear in context.model.blocks[block]
         for part in (("weight", "bias") if linear.has_bias else ("weight",))
     }
-    others = [name for name in stored.names() if name.startswith(OTHER)]
-    return tensors | {f"{prefix}.{name.removeprefix(OTHER)}": torch.from_numpy(stored.array(name)) for name in others}
+    return tensors | {f"{prefix}.{name}": tensor for name, tensor in read_others(context, state, block).items()}
+
+
+def read_others(context: Context, state: ModelState, block: int) -> dict[str, Tensor]:
+    """Changed tensors of a block that are no part of a linear, by name within the block; float32."""
+    if (update := state.update_of(block)) is None:
+        return {}
+    stored = Store(context.store).open(update.key)
+    names = [name for name in stored.names() if name.startswith(OTHER)]
+    return {name.removeprefix(OTHER): torch.from_numpy(stored.array(name)) for name in names}
 
 
 def trunk_tensors(context: Context, state: ModelState) -> Mapping[str, Tensor]:
@@ -53,27 +61,6 @@ def trunk_tensors(context: Context, state: ModelState) -> Mapping[str, Tensor]:
     if state.trunk is None:
         return {}
     return {name: torch.from_numpy(array) for name, array in read_arrays(context, state.trunk.key).items()}
-
-
-def other_tensors(context: Context, state: ModelState) -> dict[str, Callable[[], Tensor]]:
-    """How to read changed tensors that are no part of a linear of the blocks, by full name; float32."""
-    store = Store(context.store)
-    found: dict[str, Callable[[], Tensor]] = {}
-    for block in range(context.model.n_blocks):
-        update = state.update_of(block)
-        for name in store.open(update.key).names() if update is not None else ():
-            if update is not None and name.startswith(OTHER):
-                full = f"{context.model.blocks_path}.{block}.{name.removeprefix(OTHER)}"
-                found[full] = partial(_read_tensor, store, update.key, name)
-    if state.trunk is not None:
-        found |= {n: partial(_read_tensor, store, state.trunk.key, n) for n in store.open(state.trunk.key).names()}
-    return found
-
-
-def _read_tensor(store: Store, key: str, name: str) -> Tensor:
-    array = store.open(key).array(name)
-    assert isinstance(array, np.ndarray)
-    return torch.from_numpy(array)
 
 
 def read_linears(context: Context, state: ModelState, block: int) -> dict[str, PrunedLinear]:

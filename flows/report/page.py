@@ -49,7 +49,9 @@ def render_page(inputs: ReportInputs) -> str:
         **result_section(results),
         **shot_section(results),
         **allocation_section(results, inputs.anatomy),
-        **update_section(inputs.anatomy, UpdateRule(results["provenance"]["parameters"]["prune"]["update"])),
+        **update_section(
+            inputs.anatomy, UpdateRule(results["provenance"]["parameters"]["prune"]["update"] or UpdateRule.NONE)
+        ),
         **curvature_section(inputs),
         **time_section(results, inputs.timings),
         "samples": [(name, results["samples"][name]) for name in ("dense", "pruned")],
