@@ -21,7 +21,7 @@ from surgeon.errors import InputError, NonFiniteError, TextError
 from surgeon.store import Store
 from tasks.stage import read_arrays
 from tests.flows.project import Project
-from tests.flows.sessions import Recorder, StoppedError
+from tests.flows.sessions import Recorder, StoppedError, small_inputs
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -302,3 +302,28 @@ def test_killed_in_training_it_ends_with_the_same_bits(small: dict[str, Any], tm
     first, second = whole.read("stages/recovery.json"), killed.read("stages/recovery.json")
     assert first == second
     assert killed.contents() == whole.contents()
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "distill"])
+def test_a_model_without_some_blocks(tmp_path: Path, method: str) -> None:
+    """Nothing is pruned in the blocks that are left; they are compared with those that they were."""
+    rate = 1e-2 if method == "lora" else 3e-3
+    sections = small_inputs(tmp_path, n_blocks=3) | {
+        "recovery": TRAINING | {"method": method, "learning_rate": rate},
+        "prune": PRUNING,
+    }
+    session = Session(Params.model_validate(sections), Workspace(tmp_path / "project"), Recorder())
+    session.check()
+    state = session.dense.without([1])
+    recovered = recover(session, state)
+    assert recovered.facts["accepted"]
+    assert recovered.facts["validation"][-1]["loss"] < recovered.facts["validation"][0]["loss"]
+    assert recovered.state.removed == (1,)
+    assert recovered.state.updates[1] is None
+    for block in (0, 2):
+        update = recovered.state.update_of(block)
+        assert update is not None
+        arrays = read_arrays(session.context, update.key)
+        assert arrays["live_rows"].all()
+        assert arrays["live_columns"].all()
+    assert recovered.facts["after"]["loss"] != recovered.facts["before"]["loss"]
