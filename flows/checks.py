@@ -26,6 +26,8 @@ def check_pruning(session: "Session") -> None:
             from flows.layerchop import layer_rule  # here, because it is about sessions too
 
             layer_rule(session.model, session.params.prune.layerchop, session.goal.fraction)
+    if session.recipe.method is Method.BONSAI:
+        session.params.prune.bonsai.require_sequences(session.params.calibrate.sequences)
 
 
 def check_prunable(session: "Session") -> None:

@@ -13,6 +13,17 @@ from flows.engine import Engine
 from surgeon.curvature.spec import Statistic
 from surgeon.store import PlannedStore, promised_digest
 from tasks.block_times import block_times_request, block_times_task
+from tasks.bonsai import (
+    SUB_MODEL,
+    prior_request,
+    prior_task,
+    ranked_mask_request,
+    ranked_mask_task,
+    ranking_request,
+    ranking_task,
+    sub_model_request,
+    sub_model_task,
+)
 from tasks.calibration import sequences_request, sequences_task, windows_request, windows_task
 from tasks.context import Context
 from tasks.corpus import corpus_request, corpus_task
@@ -79,6 +90,7 @@ def row_of(stage: str, name: str) -> str:
     if stage != "prune":
         return stage
     kind = name.rpartition("/")[2]
+    kind = SUB_MODEL.kind if kind.startswith(f"{SUB_MODEL.kind}-") else kind
     return f"prune: {'curvature' if kind in _PASSES else kind}"
 
 
@@ -162,6 +174,10 @@ _SINGLE: Mapping[Callable[..., Any], Callable[..., Request]] = {
     losses_task: losses_request,
     block_cost_task: lambda _context, work: block_cost_request(work),
     corpus_task: corpus_request,
+    prior_task: prior_request,
+    sub_model_task: sub_model_request,
+    ranking_task: ranking_request,
+    ranked_mask_task: lambda _context, work, ranking: ranked_mask_request(work, ranking),
     training_task: training_request,
     selection_task: lambda _context, rule, measured, label: selection_request(rule, measured, label),
 }

@@ -19,6 +19,7 @@ from surgeon.errors import ParameterError, StoreError
 from surgeon.memory import solve_gib
 from tasks.benchmark import benchmark_task
 from tasks.block_times import block_times_task
+from tasks.bonsai import prior_task, sub_model_task
 from tasks.correction import correction_task
 from tasks.costs import cost_task
 from tasks.evaluation import evaluation_task, sample_task
@@ -123,6 +124,8 @@ def _by_body(session: Session) -> dict[Any, Callable[[], float]]:
         evaluation_task: lambda: estimate.evaluation_gib,
         cost_task: lambda: solve,
         update_task: lambda: solve,
+        prior_task: lambda: _whole_pass_gib(session),
+        sub_model_task: lambda: _whole_pass_gib(session),
         similarity_task: lambda: estimate.evaluation_gib + _last_states_gib(session),
         sub_layer_task: lambda: estimate.evaluation_gib,
         losses_task: lambda: estimate.evaluation_gib + _branches_gib(session),
@@ -134,6 +137,11 @@ def _by_body(session: Session) -> dict[Any, Callable[[], float]]:
         recovered_task: lambda: recovery_gib(session),
         export_task: lambda: estimate.trunk / GIB + 3 * estimate.weights / GIB / session.context.blocks_per_group,
     }
+
+
+def _whole_pass_gib(session: Session) -> float:
+    """A forward pass with all of the model in memory."""
+    return session.memory_estimate(session.model.n_blocks).evaluation_gib
 
 
 def _last_states_gib(session: Session) -> float:
@@ -231,6 +239,8 @@ _ADVICE = {
     "prune: costs": _SOLVED,
     "prune: update": _SOLVED,
     "prune: evaluation": _BATCH.format("evaluate"),
+    "prune: prior": _BATCH.format("calibrate"),
+    "prune: sub-model": _BATCH.format("calibrate"),
     "prune: similarity": _BATCH.format("calibrate"),
     "prune: sub-layer-similarity": _BATCH.format("calibrate"),
     "prune: removal-losses": _BATCH.format("calibrate"),

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, ByteSize, Field, PlainSerializer, PrivateAttr, StrictBool, model_validator
 from pydantic_core import PydanticCustomError
 
+from flows.params_bonsai import BonsaiParams
 from flows.params_layerchop import LayerChopParams
 from flows.params_section import Integer, Number, Positive, Section
 from surgeon.choices import (
@@ -144,6 +145,7 @@ class PruneParams(Section):
     newton_step: Annotated[Number, Field(gt=0, le=1)] | None = None
     adapters: AdapterParams = AdapterParams()
     layerchop: LayerChopParams = LayerChopParams()
+    bonsai: BonsaiParams = BonsaiParams()
     fresh_calibration: StrictBool = False
 
     _recipe: Recipe = PrivateAttr()
@@ -170,12 +172,16 @@ class PruneParams(Section):
                 "such as sleb measures again after each by itself); leave it null",
                 {"shots": self.shots},
             )
-        if self.method is not Method.LAYERCHOP and self.layerchop != LayerChopParams():
-            raise PydanticCustomError(
-                "no_effect",
-                "layerchop has no effect with method: {method}; leave it out or choose method: layerchop",
-                {"method": self.method.value},
-            )
+        for method, own, default in (
+            (Method.LAYERCHOP, self.layerchop, LayerChopParams()),
+            (Method.BONSAI, self.bonsai, BonsaiParams()),
+        ):
+            if self.method is not method and own != default:
+                raise PydanticCustomError(
+                    "no_effect",
+                    "{section} has no effect with method: {method}; leave it out or choose method: {section}",
+                    {"section": method.value, "method": self.method.value},
+                )
         self._check_target()
         if isinstance(self.structure, NMPattern) and self.target_sparsity > self.structure.sparsity:
             raise PydanticCustomError(
@@ -186,6 +192,8 @@ class PruneParams(Section):
             )
         try:
             self._recipe = resolve(self._preferences())
+            if self.method is Method.BONSAI:
+                self.bonsai.require_comparable(self._recipe)
         except ParameterError as error:
             raise PydanticCustomError("recipe", "{reason}", {"reason": str(error)}) from error
         return self
@@ -284,6 +292,7 @@ class PruneParams(Section):
             "newton_step": update.newton_step or None,
             "adapters": self.adapters.model_dump(mode="json") if adapters else None,
             "layerchop": self.layerchop.model_dump(mode="json") if blocks else None,
+            "bonsai": self.bonsai.resolved() if recipe.method is Method.BONSAI else None,
             "fresh_calibration": self.fresh_calibration,
         }
 

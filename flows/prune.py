@@ -1,5 +1,6 @@
 """The prune flow: shots one after the other, each on the model that the one before left."""
 
+from flows.bonsai import BonsaiShot
 from flows.checks import check_prunable
 from flows.curvature_shot import CurvatureShot
 from flows.layerchop import LayerChopShot
@@ -31,7 +32,7 @@ def prune(session: Session) -> list[Shot]:
 
 def shot_of(session: Session, state: ModelState, calibration: Reference, number: int, target: float) -> PruningShot:
     """A shot by the method of the parameters."""
-    shots = {Method.LAYERCHOP: LayerChopShot}
+    shots = {Method.LAYERCHOP: LayerChopShot, Method.BONSAI: BonsaiShot}
     return shots.get(session.recipe.method, CurvatureShot)(session, state, calibration, number, target)
 
 

@@ -12,6 +12,7 @@ from flows.dry_run import Step
 from flows.live import LiveShare
 from flows.session import Session
 from flows.work_after import benchmark_work, block_shapes, export_work, n_windows, token_work
+from flows.work_bonsai import bonsai_works
 from flows.work_layers import layer_works
 from flows.work_recovery import recovery_bytes, recovery_works
 from surgeon.curvature.spec import Statistic
@@ -95,6 +96,7 @@ class WorkModel:
             export_task: lambda _state: self._export(),
             benchmark_task: lambda _state: benchmark_work(self.session),
             **layer_works(self.session),
+            **bonsai_works(self.session),
             **recovery_works(self.session),
         }
         return bodies[step.body](*step.arguments)

@@ -54,6 +54,9 @@ def n_arrays(model: ModelSpec, kind: str, block: int, recipe: Recipe, linears: C
         "shot": 0,
         "evaluation": 0,
         "sample": 0,
+        "prior": 1,
+        "sub-model": 0,
+        "ranking": 2,
         "similarity": 2,
         "sub-layer-similarity": 2,
         "removal-losses": 0,
@@ -93,6 +96,7 @@ def array_bytes(
     updated = FLOAT32 * sum(s.n_weights + s.n_out * s.has_bias for s in whole) + sides
     if not is_structured(recipe.granularity):
         updated += sum(s.n_out * -(-s.n_in // 8) for s in whole)
+    n_units = sum(max((s.n_in for s in b), default=0) for b in model.blocks)  # neurons; heads are few
     sizes = {
         Statistic.INPUT_FACTORS.value: sum(2 * s.n_in * (s.n_in + 1) + FLOAT32 * s.n_in for s in inputs),
         Statistic.OUTPUT_FACTORS.value: sum(2 * s.n_out * (s.n_out + 1) for s in shapes),
@@ -107,6 +111,8 @@ def array_bytes(
         "mask": sum(s.n_out + s.n_in for b in model.blocks for s in b) if is_structured(recipe.granularity) else 0,
         "update": updated,
         "correction": updated,
+        "prior": FLOAT64 * n_units,
+        "ranking": 2 * FLOAT64 * n_units,
         "recovered": updated + FLOAT32 * (model.n_parameters - model.n_weights) // model.n_blocks,
         "similarity": FLOAT64 * (model.n_blocks + (model.n_blocks + 1) ** 2),
         "sub-layer-similarity": FLOAT64 * 2 * model.n_blocks,

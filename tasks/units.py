@@ -1,6 +1,7 @@
 """Coupled units: the part of costs and masks that is theirs."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,14 +38,14 @@ def block_sub_layers(model: ModelSpec, block: int) -> tuple[SubLayer, SubLayer]:
 
 def output_linears(model: ModelSpec) -> tuple[str, ...]:
     """Names of the linears whose columns read units, in any block."""
-    return tuple(dict.fromkeys(sub.output for _, sub in _parts(model)))
+    return tuple(dict.fromkeys(sub.output for _, sub in unit_parts(model)))
 
 
 def dense_usage(model: ModelSpec, usage: Usage) -> float:
     """What the dense model uses: for weights all those of decoder linears, else what its units use."""
     if usage.resource is Resource.WEIGHTS:
         return float(model.n_weights)
-    return float(sum(usage.of(sub)[-1] for _, sub in _parts(model)))
+    return float(sum(usage.of(sub)[-1] for _, sub in unit_parts(model)))
 
 
 def unit_costs(
@@ -78,20 +79,59 @@ def unit_costs(
     return arrays, facts
 
 
+@dataclass(frozen=True)
+class UnitOrder:
+    """In which order the units of one sub-layer go.
+
+    Attributes:
+        units: those that live, by index in the dense model, the first to go in front, `[n_live]` int64.
+        costs: of each further unit, `[n_live]` float64.
+        n_frozen: how many of the last stay whatever they cost.
+    """
+
+    units: Array
+    costs: Array
+    n_frozen: int = 0
+
+
 def unit_masks(context: Context, costs: Sequence[Reference], rule: MaskRule) -> tuple[dict[str, Array], dict[str, Any]]:
     """Live rows and columns of all linears of the model after a shot, one after the other; and facts."""
-    model, store = context.model, Store(context.store)
+    store = Store(context.store)
     stored = [store.open(reference.key) for reference in costs]
-    parts = _parts(model)
-    curves = [_curve(block, sub, stored[block].array(f"{sub.kind}/costs"), rule) for block, sub in parts]
+    orders = [
+        UnitOrder(stored[block].array(f"{sub.kind}/order"), stored[block].array(f"{sub.kind}/costs"))
+        for block, sub in unit_parts(context.model)
+    ]
+    return masks_of(
+        context.model, orders, lambda b: (stored[b].array("live_rows"), stored[b].array("live_columns")), rule
+    )
+
+
+def masks_of(
+    model: ModelSpec, orders: Sequence[UnitOrder], live: Callable[[int], tuple[Array, Array]], rule: MaskRule
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """The same from orders of units.
+
+    Args:
+        model: shapes and couplings.
+        orders: for each sub-layer, see `unit_parts`.
+        live: block → live rows and live columns of its linears before, one linear after the other.
+        rule: how much is to go, and how widths are chosen.
+    """
+    parts = unit_parts(model)
+    curves = [unit_curve(block, sub, order, rule) for (block, sub), order in zip(parts, orders, strict=True)]
     allocation = _allocate(curves, model, rule)
     rows, columns, blocks = [], [], []
     n_live = 0
     for block in range(model.n_blocks):
-        mine = [(s, k) for (b, s), k in zip(parts, allocation.kept, strict=True) if b == block]
-        live = _live_parts(model, block, stored[block], mine)
-        block_rows, block_columns = np.concatenate([r for r, _ in live]), np.concatenate([c for _, c in live])
-        n_live += sum(int(r.sum()) * int(c.sum()) for r, c in live)
+        mine = [
+            (sub, order.units[order.units.size - kept :])
+            for (b, sub), order, kept in zip(parts, orders, allocation.kept, strict=True)
+            if b == block
+        ]
+        left = _live_parts(model, block, live(block), mine)
+        block_rows, block_columns = np.concatenate([r for r, _ in left]), np.concatenate([c for _, c in left])
+        n_live += sum(int(r.sum()) * int(c.sum()) for r, c in left)
         blocks.append(digest_arrays({"rows": block_rows, "columns": block_columns}, {}))
         rows.append(block_rows)
         columns.append(block_columns)
@@ -114,7 +154,8 @@ def require_reachable(model: ModelSpec, rule: MaskRule) -> None:
     Raises:
         ParameterError: none do.
     """
-    _allocate([_curve(block, sub, np.zeros(sub.n_units), rule) for block, sub in _parts(model)], model, rule)
+    whole = [(block, sub, UnitOrder(np.arange(sub.n_units), np.zeros(sub.n_units))) for block, sub in unit_parts(model)]
+    _allocate([unit_curve(*part, rule) for part in whole], model, rule)
 
 
 def _units(rule: MaskRule) -> UnitSpec:
@@ -122,14 +163,16 @@ def _units(rule: MaskRule) -> UnitSpec:
     return rule.recipe.units
 
 
-def _parts(model: ModelSpec) -> list[tuple[int, SubLayer]]:
+def unit_parts(model: ModelSpec) -> list[tuple[int, SubLayer]]:
     """All sub-layers of the model, with their blocks."""
     return [(block, sub) for block in range(model.n_blocks) for sub in block_sub_layers(model, block)]
 
 
-def _curve(block: int, sub: SubLayer, costs: NDArray[np.float64], rule: MaskRule) -> UnitCurve:
-    permitted = _permitted(sub, costs.size, _units(rule))
-    return UnitCurve(f"block {block}, {sub.kind}", sub.kind, costs, rule.usage.of(sub), permitted)
+def unit_curve(block: int, sub: SubLayer, order: UnitOrder, rule: MaskRule) -> UnitCurve:
+    """A sub-layer that stands for election."""
+    permitted = permitted_widths(sub, order.costs.size, rule)
+    permitted[: order.n_frozen] = False
+    return UnitCurve(f"block {block}, {sub.kind}", sub.kind, order.costs, rule.usage.of(sub), permitted)
 
 
 def _allocate(curves: list[UnitCurve], model: ModelSpec, rule: MaskRule) -> UnitAllocation:
@@ -149,25 +192,25 @@ def _allocate(curves: list[UnitCurve], model: ModelSpec, rule: MaskRule) -> Unit
     )
 
 
-def _permitted(sub: SubLayer, n_live: int, spec: UnitSpec) -> NDArray[np.bool_]:
-    kept = np.arange(n_live + 1)
+def permitted_widths(sub: SubLayer, n_live: int, rule: MaskRule) -> NDArray[np.bool_]:
+    """Whether a sub-layer may keep 0, 1, … of the units that live, `[n_live + 1]`."""
+    spec, kept = _units(rule), np.arange(n_live + 1)
     if sub.kind is SubLayerKind.MLP:
         return np.asarray(kept % spec.multiple == 0)
     return np.asarray(kept >= (0 if spec.heads else n_live))
 
 
 def _live_parts(
-    model: ModelSpec, block: int, stored: Any, kept: list[tuple[SubLayer, int]]
+    model: ModelSpec, block: int, before: tuple[Array, Array], kept: Sequence[tuple[SubLayer, Array]]
 ) -> list[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
     """Live rows and columns of each linear of a block."""
     shapes = model.blocks[block]
     names = [shape.name for shape in shapes]
-    rows = dict(zip(names, split_rows(shapes, stored.array("live_rows")), strict=True))
-    columns = dict(zip(names, split_columns(shapes, stored.array("live_columns")), strict=True))
-    for sub, n_kept in kept:
-        order = stored.array(f"{sub.kind}/order")
+    rows = dict(zip(names, split_rows(shapes, before[0]), strict=True))
+    columns = dict(zip(names, split_columns(shapes, before[1]), strict=True))
+    for sub, units in kept:
         live = torch.zeros(sub.n_units, dtype=torch.bool)
-        live[torch.from_numpy(order[order.size - n_kept :])] = True
+        live[torch.from_numpy(units)] = True
         for name, (live_rows, live_columns) in sub.live_parts(live).items():
             if live_rows is not None:
                 rows[name] = rows[name] & live_rows.numpy()

@@ -2,10 +2,10 @@
 
 With features divided by ``r = sqrt(1 + sum of the initial weights)`` the loss of a batch is the mean squared error plus
 ``λ/r · sum |β|`` (`l1`) or ``λ/r · sum (β - β₀)²`` (`l2`), where β₀ are the initial weights, or the mean mask if those
-sum to 0. The learning rate is ``1 / (P f)`` with P the number of features; it is halved when Kendall's tau on held-out pairs has
-not risen for more than 3 epochs, but not below 1e-5; after 10 such epochs training stops, and the weights of the best
-tau are kept. f, λ and the batch size are those of a grid with the highest mean tau over 5 folds; with them the model is
-fitted to all sub-models once more.
+sum to 0. The learning rate is ``1 / (P f)`` with P the number of features; it is halved when Kendall's tau on held-out
+pairs has not risen for more than 3 epochs, but not below 1e-5; after 10 such epochs training stops, and the weights of
+the best tau are kept. f, λ and the batch size are those of a grid with the highest mean tau over 5 folds; with them
+the model is fitted to all sub-models once more.
 
 Initial weights are zero where one regression explains all sub-layers, and the prior, normalised to sum 1, where each
 sub-layer has its own. Folds never split a complementary pair (departure: the published folds may).

@@ -121,14 +121,19 @@ def unit_scores(
         ]
 
 
-def random_scores(parts: Sequence[MaskedPart], seed: int, number: int) -> list[FloatArray]:
+def random_scores(sizes: Sequence[int], seed: int, number: int) -> list[FloatArray]:
     """Uniform draws for every unit that lives, from a generator keyed by (seed, round).
+
+    Args:
+        sizes: for each part, how many of its units live.
+        seed: of the run.
+        number: of the round, from 1.
 
     Returns:
         For each part, `[n_live]` float64.
     """
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, number, _DRAW, 0])))
-    return [generator.random(part.n_live) for part in parts]
+    return [generator.random(size) for size in sizes]
 
 
 def _on(model: nn.Module, tokens: TokenArray) -> Tensor:

@@ -7,12 +7,13 @@ order, each further one at a given cost. So every sub-layer is a curve of cost a
   steps of rising cost per freed resource; the steps of all sub-layers, cheapest first, meet any budget at nearly least
   cost (exactly so at the corners of the hulls). Only permitted widths are corners, so rounding is part of the choice.
 - *uniform*: all blocks keep equally many neurons and equally many key/value groups. There are few such pairs: all are
-  tried, and the cheapest that meets the budget is taken.
+  tried, and of those that meet the budget without a step more than it needs the cheapest is taken. (Only where costs
+  are negative could a step that is not needed seem to pay.)
 
 Reference: the hull is the continuous relaxation of the multiple-choice knapsack (Sinha & Zoltners 1979).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -156,17 +157,25 @@ def _free(curves: Sequence[UnitCurve], budget: float, ranking: Ranking) -> tuple
 def _equal(curves: Sequence[UnitCurve], budget: float) -> tuple[tuple[int, ...], None]:
     by_kind = _by_kind(curves)
     choices = {kind: _common(own) for kind, own in by_kind.items()}
+    limit = budget * (1 + _ROUNDING)
     costs = {kind: _totals([c.cumulative() for c in own], choices[kind]) for kind, own in by_kind.items()}
     usage = {kind: _totals([c.usage for c in own], choices[kind]) for kind, own in by_kind.items()}
     best: tuple[float, float, dict[SubLayerKind, int]] | None = None
     for pair in product(*(range(len(own)) for own in choices.values())):
         at = dict(zip(choices, pair, strict=True))
         used = sum(usage[kind][i] for kind, i in at.items())
+        if used > limit or any(used - freed <= limit for freed in _last_steps(usage, at)):
+            continue
         cost = sum(costs[kind][i] for kind, i in at.items())
-        if used <= budget * (1 + _ROUNDING) and (best is None or (cost, -used) < best[:2]):
+        if best is None or (cost, -used) < best[:2]:
             best = (cost, -used, {kind: int(choices[kind][i]) for kind, i in at.items()})
     assert best is not None, "the least usage was checked"
     return tuple(best[2][c.kind] for c in curves), None
+
+
+def _last_steps(usage: Mapping[SubLayerKind, FloatArray], at: Mapping[SubLayerKind, int]) -> list[float]:
+    """What keeping one step more of each kind uses less; nothing for a kind of which all is kept. Never above 0."""
+    return [float(usage[kind][i] - usage[kind][i + 1]) for kind, i in at.items() if i + 1 < len(usage[kind])]
 
 
 def _by_kind(curves: Sequence[UnitCurve]) -> dict[SubLayerKind, list[UnitCurve]]:

@@ -345,7 +345,7 @@ class TestStructure:
 class TestResolved:
     def test_names_are_those_of_the_parameters(self) -> None:
         prune = load_params(None, ["prune.correction=adapters"]).prune
-        of_other_methods = {"layerchop": None}
+        of_other_methods = {"layerchop": None, "bonsai": None}
         assert leaves(prune.resolved()) == leaves(prune.model_dump(mode="json") | of_other_methods)
 
     def test_default(self) -> None:
