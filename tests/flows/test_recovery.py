@@ -15,7 +15,8 @@ from flows.planning import dry_run
 from flows.prune import prune
 from flows.recovery import check_recovery, recover, segments_found
 from flows.session import Session
-from flows.stages import final_state, run_all
+from flows.stages import run_all
+from flows.states import final_state
 from flows.workspace import Workspace
 from surgeon.errors import InputError, NonFiniteError, TextError
 from surgeon.store import Store
