@@ -11,7 +11,7 @@ from flows.cost_samples import MaskReader, Sample, block_shapes
 from flows.shot import shot_label
 from surgeon.errors import InputError
 from surgeon.store import Reference, Store
-from tasks.context import LinearShape, split_columns, split_rows
+from tasks.context import LinearShape, ModelState, split_columns, split_rows
 
 
 def read_anatomy(store: Store, references: Mapping[str, Reference], shots: int) -> Anatomy:
@@ -28,8 +28,8 @@ def read_anatomy(store: Store, references: Mapping[str, Reference], shots: int) 
     last = shot_label(shots)
     blocks = block_shapes(references, last)
     if not blocks:
-        raise InputError(f"there are no updates of {last} among the {len(references)} results of the run")
-    anatomy = Anatomy(shots, [], [])
+        raise InputError(f"there is no record of {last} among the {len(references)} results of the run")
+    anatomy = Anatomy(shots, [], [], removed=list(state_after(references, shots).removed))
     anatomy.linears.extend(shot_linears(store, references, shots, blocks, anatomy.missing))
     for block, shapes in enumerate(blocks):
         anatomy.dampings.extend(damping_facts(store, references, shots, block, shapes))
@@ -100,8 +100,16 @@ def linear_facts(
     missing: list[str],
 ) -> list[LinearFacts]:
     """The linears of one block after a shot; what cannot be said is added to ``missing``."""
+    state = state_after(references, shot)
+    update = state.update_of(block)
+    if block in state.removed or update is None:
+        return [_whole_linear(block, shape, is_gone=block in state.removed) for shape in shapes]
+    final = store.lookup(update.key)
+    if final is None:
+        raise InputError(
+            f"the weights of block {block} after shot {shot} are not in the store: run `surgeon prune` again"
+        )
     place = f"{shot_label(shot)}/block-{block:02d}"
-    final = references.get(f"{place}/correction") or references[f"{place}/update"]
     rows: list[int | None] = [None] * len(shapes)
     columns: list[int | None] = [None] * len(shapes)
     if store.has_payload(final.key):
@@ -113,7 +121,7 @@ def linear_facts(
     found = []
     for shape, n_rows, n_columns in zip(shapes, rows, columns, strict=True):
         facts = final.attributes["linears"][shape.name]
-        names = ("n_live", "sparsity", "predicted_cost")
+        names = ("n_live", "sparsity")
         solved = {name: facts.get(name) for name in ("iterations", "residual", "converged")}
         found.append(
             LinearFacts(
@@ -124,6 +132,7 @@ def linear_facts(
                 live_rows=n_rows,
                 live_columns=n_columns,
                 **{name: facts[name] for name in names},
+                predicted_cost=facts.get("predicted_cost"),
                 update_size=facts.get("relative_change"),
                 correction_size=facts.get("correction_size"),
                 **solved,
@@ -132,12 +141,37 @@ def linear_facts(
     return found
 
 
+def state_after(references: Mapping[str, Reference], shot: int) -> ModelState:
+    """The state after a shot, from its record (without the digest of the checkpoint)."""
+    return ModelState.from_json("", references[f"{shot_label(shot)}/shot"].attributes["state"])
+
+
+def _whole_linear(block: int, shape: LinearShape, *, is_gone: bool) -> LinearFacts:
+    """A linear of a block that is gone whole, or that is as in the checkpoint."""
+    left = 0 if is_gone else 1
+    return LinearFacts(
+        block=block,
+        linear=shape.name,
+        n_out=shape.n_out,
+        n_in=shape.n_in,
+        live_rows=left * shape.n_out,
+        live_columns=left * shape.n_in,
+        n_live=left * shape.n_weights,
+        sparsity=1.0 - left,
+        predicted_cost=None,
+        update_size=None,
+    )
+
+
 def damping_facts(
     store: Store, references: Mapping[str, Reference], shot: int, block: int, shapes: tuple[LinearShape, ...]
 ) -> list[DampingFacts]:
-    """The damping of the linears of one block in a shot."""
+    """The damping of the linears of one block in a shot; of a method that inverts nothing there is none."""
     place = f"{shot_label(shot)}/block-{block:02d}"
-    asked = store.parameters(references[f"{place}/update"].key)
+    update = references.get(f"{place}/update")
+    asked = {} if update is None else store.parameters(update.key)
+    if "damping" not in asked:
+        return [DampingFacts(block, shape.name, None, None, None) for shape in shapes]
     costs = references.get(f"{place}/costs")
     facts = costs.attributes["linears"] if costs is not None else {}
     # Units are paid for by one linear of each sub-layer; the others are inverted only for a Newton step.

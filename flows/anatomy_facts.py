@@ -20,7 +20,8 @@ class LinearFacts:
         n_live: weights that live.
         sparsity: fraction of the dense weights that are gone.
         predicted_cost: rise of the loss by this shot under the damped curvature, nats per token (with `activations` or
-            `identity`: of the squared output, or of the squared weights).
+            `identity`: of the squared output, or of the squared weights). None where the method predicts none, and in a
+            block that is gone whole.
         update_size: Frobenius norm of the change of what was kept over that of all live weights (and biases) before
             the shot; 0 where they were left as they are.
         correction_size: the same of what trained adapters changed after it; None without them.
@@ -37,7 +38,7 @@ class LinearFacts:
     live_columns: int | None
     n_live: int
     sparsity: float
-    predicted_cost: float
+    predicted_cost: float | None
     update_size: float | None
     correction_size: float | None = None
     iterations: int | None = None
@@ -130,6 +131,7 @@ class Anatomy:
         masks: of all shots; none for a method that chooses as it goes (sparsegpt).
         costs: of all shots and blocks, as far as their arrays are there.
         missing: what cannot be said because arrays were dropped, as sentences.
+        removed: indices of blocks that are gone whole.
     """
 
     shots: int
@@ -138,3 +140,4 @@ class Anatomy:
     masks: list[MaskFacts] = field(default_factory=list)
     costs: list[CostSummary] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    removed: list[int] = field(default_factory=list)

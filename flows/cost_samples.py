@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from flows.shot import blocks_from_json
 from surgeon.choices import Allocation, Ranking, Structure
 from surgeon.pruning.costs import GONE
 from surgeon.pruning.granularity import Granularity, is_structured, parse_granularity
@@ -150,13 +151,6 @@ def _group_goes(candidates: torch.Tensor, cut: Cut) -> torch.Tensor:
 
 
 def block_shapes(references: Mapping[str, Reference], shot: str) -> list[tuple[LinearShape, ...]]:
-    """Linears of all blocks in module order, from the updates of a shot."""
-    found: list[tuple[LinearShape, ...]] = []
-    while (update := references.get(f"{shot}/block-{len(found):02d}/update")) is not None:
-        found.append(tuple(_shape(update, name) for name in update.attributes["order"]))
-    return found
-
-
-def _shape(update: Reference, name: str) -> LinearShape:
-    n_out, n_in = update.arrays[f"{name}/weight"].partition("[")[2].rstrip("]").split(",")
-    return LinearShape(name, int(n_out), int(n_in), f"{name}/bias" in update.arrays)
+    """Linears of all blocks of the dense model in module order, from the record of a shot."""
+    record = references.get(f"{shot}/shot")
+    return [] if record is None else blocks_from_json(record.attributes["blocks"])

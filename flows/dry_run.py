@@ -173,11 +173,11 @@ _SINGLE: Mapping[Callable[..., Any], Callable[..., Request]] = {
     sub_layer_task: sub_layer_request,
     losses_task: losses_request,
     block_cost_task: lambda _context, work: block_cost_request(work),
+    corpus_task: corpus_request,
     prior_task: prior_request,
     sub_model_task: sub_model_request,
     ranking_task: ranking_request,
     ranked_mask_task: lambda _context, work, ranking: ranked_mask_request(work, ranking),
-    corpus_task: lambda context, spec, settings, _windows: corpus_request(context, spec, settings),
     training_task: training_request,
     selection_task: lambda _context, rule, measured, label: selection_request(rule, measured, label),
 }

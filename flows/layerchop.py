@@ -4,7 +4,7 @@ Statistics depend on the model and the sequences alone, so all selectors and amo
 task a step, so that a run that was killed goes on at the next step.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from flows.layer_statistics import LayerStatistics
@@ -16,8 +16,8 @@ from surgeon.layers.choosing import blocks_for_fraction
 from surgeon.layers.rule import LayerRule
 from surgeon.layers.spec import SPECS, LayerGranularity
 from surgeon.models.families import family_names
-from surgeon.store import Reference
-from tasks.context import ModelSpec, ModelState
+from surgeon.store import Reference, is_promised
+from tasks.context import ModelSpec, ModelState, StoredBlock
 from tasks.layers import LayerWork
 from tasks.selection import (
     DROPPED,
@@ -74,20 +74,12 @@ class LayerChopShot(PruningShot):
         calibration: its sequences.
         number: of the shot, from 1.
         target: fraction of the weights to be gone, where no number of blocks is given.
-        settings: of LayerChop; None takes those of the parameters.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        state: ModelState,
-        calibration: Reference,
-        number: int,
-        target: float,
-        settings: LayerChopParams | None = None,
-    ) -> None:
+    def __init__(self, session: Session, state: ModelState, calibration: Reference, number: int, target: float) -> None:
         super().__init__(session, state, calibration, number, target)
-        self.settings: LayerChopParams = settings or session.params.prune.layerchop
+        assert not state.removed, "LayerChop is one shot on a model with all its blocks"
+        self.settings = session.params.prune.layerchop
         self.rule = layer_rule(self.context.model, self.settings, target)
         work = LayerWork(state, calibration, self.label)
         self.statistics = LayerStatistics(session, work, self.rule, self.settings.counts_gradient)
@@ -131,4 +123,7 @@ class LayerChopShot(PruningShot):
                 references[f"{self.label}/block-{block:02d}/{DROPPED.kind}"] = reference
         facts = {"layerchop": {"selector": self.rule.selector.value, **selection.attributes}}
         state = state_after(self.state, chosen, updates, len(self.blocks))
+        if is_promised(selection.digest) and not self.rule.spec.is_pattern:
+            # In a plan what goes is not known yet, so no model that is there can be this one.
+            state = replace(state, trunk=StoredBlock(selection.key, selection.digest))
         return Made(state, references, len(chosen.removed) + len(chosen.dropped), facts)

@@ -15,9 +15,9 @@ from surgeon.choices import Keep, Recovery
 from surgeon.recovery.settings import RecoverySettings
 from surgeon.store import Reference, is_promised
 from surgeon.text import TextSpec
-from tasks.calibration import require_separate
+from tasks.calibration import require_length, require_separate
 from tasks.context import Context, ModelState
-from tasks.corpus import CORPUS, corpus_task
+from tasks.corpus import CORPUS, corpus_request, corpus_task
 from tasks.evaluation import evaluation_task
 from tasks.recovery import RECOVERED, recovered_state, recovered_task
 from tasks.stage import Outcome, Product, Request, Stage, produce
@@ -74,10 +74,26 @@ def check_recovery(session: Session) -> None:
     """Refuses, before any long work, to train on the evaluation text.
 
     Raises:
-        TextError: the texts are the same, or parts of one file that overlap.
+        TextError: the texts are the same, or parts of one file that overlap, or rows are longer than the model allows.
     """
     if session.params.recovery.method is not Recovery.NONE:
+        require_length(session.model, recovery_settings(session).length, "recovery.length")
         require_separate(recovery_text(session), session.window_spec().text, "recovery")
+
+
+def segments_found(session: Session, state: ModelState, windows: Reference) -> tuple[int, int]:
+    """How many segments are in the store, and how many there will be at most; runs nothing."""
+    context, store, settings = session.context, session.store, recovery_settings(session)
+    request = corpus_request(context, recovery_text(session), settings, windows)
+    corpus, total = store.lookup(request.key(context)), len(settings.segments)
+    previous, n_found = None, 0
+    while corpus is not None and n_found < total:
+        work = RecoveryWork(state, corpus, settings)
+        previous = store.lookup(training_request(context, work, n_found, previous).key(context))
+        if previous is None:
+            break
+        n_found += 1
+    return n_found, total
 
 
 class RecoveryRun:

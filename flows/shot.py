@@ -4,17 +4,17 @@ Every method of pruning is a subclass of `PruningShot`; `flows/prune.py` picks i
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flows.session import Session
 from surgeon.store import Reference
-from tasks.context import Context, ModelState
+from tasks.context import Context, LinearShape, ModelState
 from tasks.evaluation import evaluation_task
 from tasks.stage import Outcome, Product, Request, Stage, produce, readable
 
-SHOT = Stage("shot", 4, ())
+SHOT = Stage("shot", 5, ())
 """A finished shot: which state it ended with. It lets a finished shot be found with one look-up."""
 
 
@@ -76,6 +76,23 @@ class Made:
 
 _FACTS = ("threshold", "kept", "predicted_cost", "convergence", "correction")
 """Of every record; null where a method has no such thing."""
+
+
+def blocks_to_json(blocks: Sequence[Sequence[LinearShape]]) -> list[dict[str, Any]]:
+    """Linears of all blocks as plain JSON, blocks that are alike together."""
+    kinds: dict[tuple[LinearShape, ...], list[int]] = {}
+    for index, block in enumerate(blocks):
+        kinds.setdefault(tuple(block), []).append(index)
+    return [
+        {"indices": indices, "linears": [[s.name, s.n_out, s.n_in, s.has_bias] for s in shapes]}
+        for shapes, indices in kinds.items()
+    ]
+
+
+def blocks_from_json(kinds: Sequence[Mapping[str, Any]]) -> list[tuple[LinearShape, ...]]:
+    """Linears of all blocks, as `blocks_to_json` wrote them down."""
+    found = {i: tuple(LinearShape(*fields) for fields in kind["linears"]) for kind in kinds for i in kind["indices"]}
+    return [found[index] for index in sorted(found)]
 
 
 class PruningShot(ABC):
@@ -145,6 +162,7 @@ class PruningShot(ABC):
             **made.facts,
             "names": {name: ref.key for name, ref in made.references.items()},
             "state": made.state.to_json(),
+            "blocks": blocks_to_json(self.context.model.blocks),
             "sparsity": 1.0 - self._n_live(made.state) / self.context.model.n_weights,
             "n_removed": made.n_removed,
         }

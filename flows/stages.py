@@ -26,11 +26,11 @@ from flows.results import build_results, provenance
 from flows.session import Session
 from flows.spectra import make_spectra
 from flows.stage_facts import calibrate_facts, export_wanted, prune_facts, require_same_parameters, stage_facts
+from flows.states import final_state, pruned_state, recovery_found
 from flows.workspace import read_json, write_json
 from surgeon.errors import InputError
 from surgeon.peak import process_peak_gib
 from surgeon.store import Reference, build_view
-from tasks.context import ModelState
 from tasks.evaluation import evaluation_task, sample_task
 from tasks.export import export_task
 
@@ -134,9 +134,8 @@ def export_to(session: Session, destination: Path, *, overwrite: bool = False) -
     require_destination(destination, is_own=destination.resolve() == own.resolve(), overwrite=overwrite)
     require_same_parameters(session)
     state = final_state(session)
-    wanted = export_wanted(
-        session, {n: stage_facts(session, n) for n in ("calibrate", "evaluate", "prune", "recovery")}
-    )
+    found = {name: stage_facts(session, name) for name in ("calibrate", "evaluate", "prune")}
+    wanted = export_wanted(session, {**found, "recovery": recovery_found(session)})
     facts: dict[str, Any] = session.engine.task(
         export_task, session.context, state, destination, *wanted, name="export"
     )
@@ -259,7 +258,8 @@ def _announce(session: Session) -> None:
 
 
 def _write_results(session: Session) -> dict[str, Any]:
-    facts: dict[str, Any] = {n: stage_facts(session, n) for n in STAGES if n not in ("model", "benchmark")}
+    facts: dict[str, Any] = {n: stage_facts(session, n) for n in STAGES if n not in ("model", "recovery", "benchmark")}
+    facts["recovery"] = recovery_found(session)
     facts["benchmark"] = current_benchmark(session)
     # A stage that DVC took from its cache never ran here, as in an experiment or a new clone.
     timings = {name: found for name in STAGES if (found := read_json(session.workspace.timing_file(name)))}
@@ -268,39 +268,6 @@ def _write_results(session: Session) -> dict[str, Any]:
     write_json(session.workspace.metrics, results)
     write_report(session, results, references, timings)
     return results
-
-
-def pruned_state(session: Session) -> ModelState:
-    """The state after the last shot, from what the prune stage wrote down.
-
-    Raises:
-        InputError: if the prune stage has not run, or ran on another model.
-    """
-    facts = stage_facts(session, "prune")
-    source = facts["parameters"]["model"]["source"]
-    if facts["model_digest"] != session.checkpoint.digest:
-        raise InputError(
-            f"the last prune stage ran on another model ({source!r}, now {session.params.model.source!r}); "
-            f"run `surgeon prune` for this one, or give -S model.source={source}"
-        )
-    return ModelState.from_json(session.checkpoint.digest, facts["state"])
-
-
-def final_state(session: Session) -> ModelState:
-    """The state that is exported: after recovery, which may have left it as pruning did.
-
-    Raises:
-        InputError: the recovery stage has not run since the model was pruned, or ran with other parameters.
-    """
-    pruned = pruned_state(session)
-    found, given = stage_facts(session, "recovery"), session.params
-    wanted = given.recovery.resolved(batch_size=given.run.batch_size, seed=given.seed)
-    if found["pruned_digest"] != pruned.digest or found["parameters"] != wanted:
-        raise InputError(
-            "the last recovery stage ran on another pruned model, or with other parameters: run `surgeon recovery` "
-            "first, or give the same -S options"
-        )
-    return ModelState.from_json(session.checkpoint.digest, found["state"])
 
 
 def dense_evaluation(session: Session) -> Reference:

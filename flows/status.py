@@ -3,9 +3,11 @@
 from typing import Any
 
 from flows.prune import shot_of
+from flows.recovery import segments_found
 from flows.schedule import shot_target
 from flows.session import Session
 from flows.shot import shot_label
+from surgeon.choices import Recovery
 from surgeon.store import Reference
 from tasks.calibration import sequences_request, windows_request
 from tasks.context import ModelState
@@ -51,7 +53,16 @@ def status_of(session: Session) -> list[dict[str, Any]]:
             text = ", ".join(f"{kind} {n}/{total}" for kind, (n, total) in found.items())
             missing = [kind for kind, (n, total) in found.items() if n < total]
             lines.append(_line(label, text, ", ".join(missing) or "its record"))
+    if session.params.recovery.method is not Recovery.NONE:
+        lines.append(_recovery_line(session, state, windows))
     return lines
+
+
+def _recovery_line(session: Session, state: ModelState | None, windows: Reference | None) -> dict[str, Any]:
+    if state is None or windows is None:
+        return _line("recovery", "not known before the shot above", "all of it")
+    n_found, total = segments_found(session, state, windows)
+    return _line("recovery", f"segments {n_found}/{total}", "segments" if n_found < total else "")
 
 
 def _line(stage: str, found: str, would_run: str) -> dict[str, Any]:

@@ -11,8 +11,11 @@ from tasks.stage import Outcome, Product, Request, Stage, produce, read_arrays
 CORPUS = Stage("corpus", 1, ("surgeon.recovery.packing", "surgeon.text.tokenizers"))
 
 
-def corpus_request(context: Context, spec: TextSpec, settings: RecoverySettings) -> Request:
-    """The request for the rows of a text; reads the text and the tokenizer for their digests."""
+def corpus_request(context: Context, spec: TextSpec, settings: RecoverySettings, windows: Reference) -> Request:
+    """The request for the rows of a text; reads the text and the tokenizer for their digests.
+
+    The evaluation windows are an input, because a text that holds them is refused.
+    """
     parameters = {
         "length": settings.length,
         "n_rows": settings.steps * settings.rows_per_step,
@@ -20,20 +23,24 @@ def corpus_request(context: Context, spec: TextSpec, settings: RecoverySettings)
         "validation_rows": settings.validation_rows,
         "seed": settings.seed,
     }
-    return Request(CORPUS, parameters, open_text(context, spec)[2], "recovery/corpus")
+    inputs = {**open_text(context, spec)[2], "windows": windows.digest}
+    return Request(CORPUS, parameters, inputs, "recovery/corpus")
 
 
 def corpus_task(context: Context, spec: TextSpec, settings: RecoverySettings, windows: Reference) -> Outcome[Reference]:
     """Rows to train on, ``training`` `[n_rows, length]`, and held out, ``validation``; int64.
 
     Raises:
-        TextError: the text is too short, or holds the evaluation windows.
+        TextError: the text is too short, or it holds the evaluation windows, be it in rows that are not drawn.
     """
     require_length(context.model, settings.length, "recovery.length")
     text, tokenizer, inputs = open_text(context, spec)
 
     def compute() -> Product:
-        rows = pack_rows(tokenize(text, tokenizer), settings)
+        tokens = tokenize(text, tokenizer)
+        evaluation = read_arrays(context, windows.key)["tokens"]
+        require_low_overlap(tokens[None], evaluation, what="recovery corpus")
+        rows = pack_rows(tokens, settings)
         facts = {
             **origin(text, inputs),
             "n_rows": len(rows.training),
@@ -49,8 +56,4 @@ def corpus_task(context: Context, spec: TextSpec, settings: RecoverySettings, wi
         }
         return Product(arrays, facts)
 
-    outcome = produce(context, corpus_request(context, spec, settings), compute)
-    rows = read_arrays(context, outcome.value.key)
-    evaluation = read_arrays(context, windows.key)["tokens"]
-    require_low_overlap(rows["training"], evaluation, what="recovery corpus")
-    return outcome
+    return produce(context, corpus_request(context, spec, settings, windows), compute)

@@ -23,9 +23,9 @@ from surgeon.export import (
 from tasks.calibration import load_tokenizer
 from tasks.context import Context, ModelState
 from tasks.stage import Outcome, begin
-from tasks.weights import open_model, read_linears, read_live
+from tasks.weights import open_model, read_linears, read_live, read_others, trunk_tensors
 
-EXPORT_VERSION = 2
+EXPORT_VERSION = 3
 _PROBES = ("The quick brown fox jumps over the lazy dog. 0123456789", "Pack my box with five dozen")
 _PROBE_TOKENS = (16, 11)
 
@@ -65,7 +65,14 @@ def export_task(
         raise ExportError("nothing has been pruned yet, so there is nothing to export; run the prune stage first")
     start = begin()
     checkpoint = context.model.checkpoint
-    pruned = PrunedModel(checkpoint, partial(read_linears, context, state), partial(read_live, context, state))
+    pruned = PrunedModel(
+        checkpoint,
+        partial(read_linears, context, state),
+        partial(read_live, context, state),
+        removed=state.removed,
+        others=partial(read_others, context, state),
+        trunk=trunk_tensors(context, state),
+    )
     plan = plan_export(pruned, dtype, ExportLayout(layout))
     exported = export_checkpoint(plan, destination, card, record, partial(_check, context, state, plan))
     return Outcome({**identity, **exported.facts}, cached=False, seconds=time.perf_counter() - start)

@@ -44,8 +44,16 @@ def block_tensors(context: Context, state: ModelState, block: int) -> Mapping[st
         for linear in context.model.blocks[block]
         for part in (("weight", "bias") if linear.has_bias else ("weight",))
     }
-    others = [name for name in stored.names() if name.startswith(OTHER)]
-    return tensors | {f"{prefix}.{name.removeprefix(OTHER)}": torch.from_numpy(stored.array(name)) for name in others}
+    return tensors | {f"{prefix}.{name}": tensor for name, tensor in read_others(context, state, block).items()}
+
+
+def read_others(context: Context, state: ModelState, block: int) -> dict[str, Tensor]:
+    """Changed tensors of a block that are no part of a linear, by name within the block; float32."""
+    if (update := state.update_of(block)) is None:
+        return {}
+    stored = Store(context.store).open(update.key)
+    names = [name for name in stored.names() if name.startswith(OTHER)]
+    return {name.removeprefix(OTHER): torch.from_numpy(stored.array(name)) for name in names}
 
 
 def trunk_tensors(context: Context, state: ModelState) -> Mapping[str, Tensor]:

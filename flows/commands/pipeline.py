@@ -260,7 +260,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt greedily with the dense model, the pruned one or any other."""
-    from flows.stages import final_state
+    from flows.states import final_state
     from tasks.evaluation import sample_task
 
     given = [*(override or []), *([f"model.source={model}"] if model not in ("dense", "pruned") else [])]

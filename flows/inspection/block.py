@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from flows.anatomy import block_costs, damping_facts, linear_facts, summarise
+from flows.anatomy import block_costs, damping_facts, linear_facts, state_after, summarise
 from flows.anatomy_facts import CostSummary, DampingFacts, LinearFacts
 from flows.cost_samples import UNITS, Sample, block_shapes
 from flows.engine import Engine
@@ -79,6 +79,7 @@ class BlockView:
         units: costs of its units, by sub-layer ("mlp", "attention"); none where no units go.
         n_units: units of the dense block, by sub-layer.
         missing: what cannot be said, as sentences.
+        is_removed: whether the block is gone whole.
     """
 
     shot: int
@@ -87,6 +88,7 @@ class BlockView:
     units: dict[str, Sample] = field(default_factory=dict)
     n_units: dict[str, int] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    is_removed: bool = False
 
     def live_units(self) -> dict[str, int]:
         """Units that live after the shot, by sub-layer."""
@@ -113,6 +115,7 @@ class BlockView:
                 for view in self.linears
             ],
             "missing": self.missing,
+            "removed": self.is_removed,
         }
 
     def summary(self, sample: Sample) -> CostSummary:
@@ -166,7 +169,7 @@ def inspect_block(workspace: Workspace, engine: Engine, block: int, linear: str 
     ]
     units = _units(samples or [])
     sizes = {kind: _n_units(references, block, kind) for kind in units}
-    return BlockView(shot, block, linears, units, sizes, missing)
+    return BlockView(shot, block, linears, units, sizes, missing, block in state_after(references, shot).removed)
 
 
 def _require_block(references: Mapping[str, Reference], shot: int, block: int) -> tuple[LinearShape, ...]:

@@ -78,7 +78,7 @@ def _shots(view: RunView) -> Table:
         if mask:
             asked, removed = f"{mask.parameters['target']:.2%}", f"{mask.n_removed:,}"
             threshold = _optional(mask.threshold, _small)
-        numbers = (f"{totals.sparsity:.2%}", removed, _small(totals.predicted_cost), threshold)
+        numbers = (f"{totals.sparsity:.2%}", removed, _optional(totals.predicted_cost, _small), threshold)
         table.add_row(str(number), asked, *numbers, _largest(totals.update_size))
     return table
 
@@ -122,7 +122,9 @@ def _blocks(view: RunView) -> Table:
         columns += [f"{of}: gone of", *(f"{unit} {percent(q)}" for q in _SHOWN), "dearest gone"]
     table = _table(f"blocks after shot {view.shot}, and costs in it", *columns)
     for block, totals in view.blocks.items():
-        row = [str(block), f"{totals.sparsity:.2%}", _small(totals.predicted_cost), _largest(totals.update_size)]
+        name = f"{block}, removed" if block in view.anatomy.removed else str(block)
+        cost = _optional(totals.predicted_cost, _small)
+        row = [name, f"{totals.sparsity:.2%}", cost, _largest(totals.update_size)]
         for kind in kinds:
             found = [costs for costs in here if costs.block == block and (costs.of, costs.unit) == kind]
             row += _cost_cells(found[0]) if found else ["-"] * (len(_SHOWN) + 2)
@@ -140,12 +142,13 @@ def _linears(view: BlockView) -> Table:
         f"{live:,} of {view.n_units[kind]:,} {view.units[kind].of}" for kind, live in view.live_units().items()
     )
     title = f"block {view.block} after shot {view.shot}" + (f": {units}" if units else "")
+    title += ": removed whole" if view.is_removed else ""
     columns: dict[str, Callable[[LinearView], str]] = {
         "linear": lambda v: v.facts.linear,
         "rows left": lambda v: f"{_optional(v.facts.live_rows, _whole)} of {v.facts.n_out:,}",
         "columns left": lambda v: f"{_optional(v.facts.live_columns, _whole)} of {v.facts.n_in:,}",
         "sparsity": lambda v: f"{v.facts.sparsity:.2%}",
-        "predicted cost": lambda v: _small(v.facts.predicted_cost),
+        "predicted cost": lambda v: _optional(v.facts.predicted_cost, _small),
         "update size": lambda v: _optional(v.facts.update_size, _small),
     }
     if any(v.facts.correction_size is not None for v in view.linears):

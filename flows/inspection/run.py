@@ -20,7 +20,7 @@ class Totals:
         n_weights: of the dense linears.
         n_live: weights that live.
         sparsity: fraction that is gone.
-        predicted_cost: sum, nats per token.
+        predicted_cost: sum, nats per token; None if no linear has one.
         update_size: smallest and largest.
         correction_size: smallest and largest.
         solved: linears whose update was found by conjugate gradients.
@@ -31,7 +31,7 @@ class Totals:
     n_weights: int
     n_live: int
     sparsity: float
-    predicted_cost: float
+    predicted_cost: float | None
     update_size: tuple[float, float] | None
     correction_size: tuple[float, float] | None
     solved: int
@@ -93,12 +93,13 @@ def linear_names(anatomy: Anatomy) -> list[str]:
 def total(linears: Sequence[LinearFacts]) -> Totals:
     """Puts linears together."""
     n_weights, n_live = sum(f.n_out * f.n_in for f in linears), sum(f.n_live for f in linears)
+    costs = [f.predicted_cost for f in linears if f.predicted_cost is not None]
     residuals = [f.residual for f in linears if f.residual is not None]
     return Totals(
         n_weights=n_weights,
         n_live=n_live,
         sparsity=1.0 - n_live / n_weights,
-        predicted_cost=sum(f.predicted_cost for f in linears),
+        predicted_cost=sum(costs) if costs else None,
         update_size=_range(f.update_size for f in linears),
         correction_size=_range(f.correction_size for f in linears),
         solved=len(residuals),

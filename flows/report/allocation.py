@@ -14,9 +14,10 @@ def allocation_section(results: Mapping[str, Any], anatomy: Anatomy) -> dict[str
     """The map of what was removed, and the same by kind of linear."""
     linears = anatomy.linears
     n_blocks = len({linear.block for linear in linears})
+    gone = f" Gone whole: blocks {', '.join(map(str, anatomy.removed))}." if anatomy.removed else ""
     return {
         "map_note": f"Weights removed after the last shot, for each of {n_blocks} blocks and each kind of linear. "
-        "A linear loses whole rows and columns where its neurons or channels went, or single weights.",
+        f"A linear loses whole rows and columns where its neurons or channels went, or single weights.{gone}",
         "removed_map": build_map(linears, _sparsity, factor=100, unit="% removed"),
         "kinds": _kinds(linears),
         "kept": _kept(results["shots"][-1]["kept"]),

@@ -15,7 +15,7 @@ _LOADED_BY = {
     ExportLayout.STOCK: "The export is a stock checkpoint: any program that reads transformers models loads it.",
     ExportLayout.COMPACT: "The export is in the compact form: surgeon.load reads it, or transformers with "
     "trust_remote_code=True.",
-    ExportLayout.DENSE: "The export has the shapes of the dense model: nothing is gone as a whole, and removed weights "
+    ExportLayout.DENSE: "The export has the shapes of the dense model: no row or column is gone, and removed weights "
     "are stored as zeros.",
 }
 
@@ -61,7 +61,7 @@ def _chips(results: Mapping[str, Any]) -> list[str]:
     tokens = calibration["n_sequences"] * calibration["length"]
     return [
         f"method {prune['method']}",
-        f"curvature {prune['curvature']}",
+        *([f"curvature {prune['curvature']}"] if prune["curvature"] else []),
         f"structure {prune['structure']}",
         f"{shots} shot{'s' * (shots != 1)}",
         f"{tokens:,} calibration tokens",
@@ -108,6 +108,9 @@ def result_section(results: Mapping[str, Any]) -> dict[str, Any]:
     """The table of the terminal, and what has to be known about it."""
     figures, export = results["benchmark"], results["export"]
     note = _LOADED_BY[ExportLayout(export["layout"])]
+    if removed := export["blocks_removed"]:
+        left = export["blocks_dense"] - len(removed)
+        note += f" {left} of {export['blocks_dense']} decoder blocks are left, numbered anew."
     if export["why_not_stock"]:
         note += f" It is not a stock one: {export['why_not_stock']}."
     notes = benchmark_lines(figures) if figures else []

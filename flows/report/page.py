@@ -14,6 +14,7 @@ from flows.report.curvature import curvature_section
 from flows.report.inputs import ReportInputs
 from flows.report.overview import headline, result_section, tiles
 from flows.report.provenance import provenance_section
+from flows.report.recovery import recovery_section
 from flows.report.shots import shot_section
 from flows.report.timing import time_section
 from surgeon.choices import UpdateRule
@@ -21,6 +22,7 @@ from surgeon.choices import UpdateRule
 _SECTIONS = (
     ("result", "Result"),
     ("shots", "Shots"),
+    ("recovery", "Recovery"),
     ("where", "Where"),
     ("updates", "Updates"),
     ("curvature", "Curvature"),
@@ -37,11 +39,13 @@ def render_page(inputs: ReportInputs) -> str:
     # One order of all names, whether they come from a run or were read back.
     inputs = replace(inputs, results=json.loads(json.dumps(inputs.results, sort_keys=True)))
     results = inputs.results
+    recovery = recovery_section(results)
     page: dict[str, Any] = {
         "content": inputs.content,
         **headline(results),
         "tiles": tiles(results),
-        "sections": _SECTIONS,
+        "sections": [section for section in _SECTIONS if section[0] != "recovery" or recovery],
+        "recovery": recovery,
         **result_section(results),
         **shot_section(results),
         **allocation_section(results, inputs.anatomy),

@@ -39,9 +39,8 @@ def _losses(results: Mapping[str, Any]) -> Table:
     for shot in results["shots"]:
         threshold = "none" if shot["threshold"] is None else rough(shot["threshold"])
         measured = shot["loss"] - before
-        rows.append(
-            (str(shot["shot"]), f"{shot['n_removed']:,}", threshold, rough(shot["predicted_cost"]), f"{measured:+.4f}")
-        )
+        predicted = "none" if shot["predicted_cost"] is None else rough(shot["predicted_cost"])
+        rows.append((str(shot["shot"]), f"{shot['n_removed']:,}", threshold, predicted, f"{measured:+.4f}"))
         before = shot["loss"]
     head = ("shot", "structures removed", "threshold of the mask", "rise predicted", "rise measured")
     caption = (

@@ -19,8 +19,11 @@ def export_facts(plan: ExportPlan, tally: Tally, n_bytes: int) -> dict[str, Any]
         tally: what was counted while it was written.
         n_bytes: bytes of all tensors written.
     """
-    blocks = plan.layout.blocks
-    n_weights = sum(linear.dense[0] * linear.dense[1] for block in blocks for linear in block.linears.values())
+    kept, blocks = plan.layout.kept, plan.layout.blocks
+    n_blocks = plan.dense.architecture.n_blocks
+    n_left = sum(linear.dense[0] * linear.dense[1] for block in blocks for linear in block.linears.values())
+    n_weights = _linear_weights(plan)
+    n_live = sum(tally.live.get(index, block.n_live) for index, block in zip(kept, blocks, strict=True))
     is_dense = plan.form is ExportLayout.DENSE
     return {
         "layout": plan.form.value,
@@ -30,14 +33,26 @@ def export_facts(plan: ExportPlan, tally: Tally, n_bytes: int) -> dict[str, Any]
         "parameters_dense": tally.parameters_dense,
         "parameters": tally.parameters,
         "weights": n_weights,
-        "weights_zeroed": n_weights - sum(tally.live.get(index, block.n_live) for index, block in enumerate(blocks)),
-        "weights_gone": 0 if is_dense else sum(block.n_gone for block in blocks),
+        "weights_zeroed": n_weights - n_live,
+        "weights_gone": n_weights - n_left + (0 if is_dense else sum(block.n_gone for block in blocks)),
         "bytes_dense": tally.bytes_dense,
         "bytes": n_bytes,
+        "blocks_dense": n_blocks,
+        "blocks_removed": [index for index in range(n_blocks) if index not in kept],
         "neurons": _range([block.n_neurons for block in blocks]) if not is_dense else None,
         "query_heads": _range([block.n_query_heads for block in blocks]) if not is_dense else None,
         "key_value_heads": _range([block.n_kv_heads for block in blocks]) if not is_dense else None,
     }
+
+
+def _linear_weights(plan: ExportPlan) -> int:
+    """Weights of all linears of the dense model."""
+    architecture, skeleton = plan.dense.architecture, plan.dense.skeleton
+    return sum(
+        architecture.linear(skeleton, index, name).weight.numel()
+        for index in range(architecture.n_blocks)
+        for name in architecture.linear_names(index)
+    )
 
 
 def _range(counts: Sequence[int | None]) -> list[int] | None:
@@ -62,6 +77,7 @@ def describe(facts: dict[str, Any]) -> str:
         "",
         f"Of {facts['weights']:,} weights of decoder linears pruning set {facts['weights_zeroed']:,} to zero; "
         f"{facts['weights_gone']:,} are not in the files, with all that depended on them alone.",
+        *_blocks(facts),
         f"{size} than those of the dense model in the same type. Layout: {_LAYOUTS[facts['layout']]}.{_widths(facts)}",
         "",
         _HOW_TO_LOAD[facts["trust_remote_code"]],
@@ -73,9 +89,9 @@ def describe(facts: dict[str, Any]) -> str:
 
 
 _LAYOUTS = {
-    "stock": "stock, a narrower model of a kind that transformers knows",
+    "stock": "stock, a smaller model of a kind that transformers knows",
     "compact": "compact, linears of the sizes that are left, with a modelling file beside the weights",
-    "dense": "dense, the shapes of the dense model with exact zeros; it is not faster either",
+    "dense": "dense, the shapes of the dense model with exact zeros, which make nothing faster",
 }
 
 _HOW_TO_LOAD = {
@@ -93,6 +109,17 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/directory", trust_rem
 `trust_remote_code` runs the modelling file in this directory. Where Surgeon is installed,
 `surgeon.load("path/to/this/directory")` loads an export without running it.""",
 }
+
+
+def _blocks(facts: dict[str, Any]) -> list[str]:
+    """Which blocks are gone whole."""
+    removed, n_blocks = facts["blocks_removed"], facts["blocks_dense"]
+    if not removed:
+        return []
+    return [
+        f"{n_blocks - len(removed)} of {n_blocks} decoder blocks are left, numbered anew; gone: "
+        f"{', '.join(map(str, removed))} (counted from 0)."
+    ]
 
 
 def _widths(facts: dict[str, Any]) -> str:

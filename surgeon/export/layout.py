@@ -104,19 +104,29 @@ class BlockLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """What is written of all blocks."""
+    """What is written of the blocks that are left.
 
+    Attributes:
+        kept: their indices in the dense model, ascending.
+        blocks: the layout of each.
+    """
+
+    kept: Sequence[int]
     blocks: Sequence[BlockLayout]
+
+    def of(self, index: int) -> BlockLayout:
+        """The layout of a block by its index in the dense model."""
+        return self.blocks[self.kept.index(index)]
 
     @property
     def is_dense(self) -> bool:
-        """Whether nothing is gone."""
+        """Whether nothing is gone of the blocks that are left."""
         return all(block.n_gone == 0 for block in self.blocks)
 
     @property
     def not_uniform(self) -> str | None:
         """Why a stock configuration, which has one width for all blocks, cannot describe this; None if it can."""
-        for index, block in enumerate(self.blocks):
+        for index, block in zip(self.kept, self.blocks, strict=True):
             if block.n_neurons == 0 or block.n_kv_heads == 0:
                 return f"block {index} has no {'MLP' if block.n_neurons == 0 else 'attention'} any more"
             for name, layout in block.linears.items():
@@ -132,7 +142,7 @@ class Layout:
                 ("key/value groups", block.n_kv_heads, first.n_kv_heads),
             ):
                 if here != there:
-                    return f"block {index} keeps {here} {what} and block 0 keeps {there}"
+                    return f"block {index} keeps {here} {what} and block {self.kept[0]} keeps {there}"
         return None
 
 

@@ -1,24 +1,29 @@
-"""What an export will consist of: its form, its configuration and the layout of every block."""
+"""What an export will consist of: its form, its configuration and the layout of every block that is left."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from surgeon.choices import ExportLayout
 from surgeon.errors import ExportError, ParameterError
 from surgeon.export.dead_code import BlockFacts, LiveSets
 from surgeon.export.layout import Layout, block_layout
-from surgeon.export.stock import DenseModel, base_config, stock_config
+from surgeon.export.stock import DenseModel, base_config, has_shapes, stock_config
 from surgeon.models import Checkpoint, build_skeleton, discover
 from surgeon.models.checkpoint import CONFIG_NAME
 from surgeon.models.compact import CLASS_PREFIX, FORMAT, MODELLING_NAME, PREFIX
+from surgeon.models.depth import shorter_config
 from surgeon.pruning.linear import PrunedLinear
 
 INDEX_BYTES = 8
+
+
+def _no_others(_block: int) -> Mapping[str, Tensor]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,17 @@ class PrunedModel:
         checkpoint: the dense model.
         linears: the linears of a block by name, in module order; called for one block at a time.
         live: their live rows and columns alone, which is cheap.
+        removed: indices of blocks that are gone whole; nothing is asked of them.
+        others: tensors of a block that belong to no linear (norms, say) and have changed, by name within the block.
+        trunk: tensors outside the blocks that have changed, by full name; of tied ones one is enough.
     """
 
     checkpoint: Checkpoint
     linears: Callable[[int], Mapping[str, PrunedLinear]]
     live: Callable[[int], LiveSets]
+    removed: Sequence[int] = ()
+    others: Callable[[int], Mapping[str, Tensor]] = _no_others
+    trunk: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,12 +53,12 @@ class ExportPlan:
 
     Attributes:
         pruned: the model.
-        dense: it before pruning, without weights.
+        dense: it before pruning, without weights; its `config` has the blocks that are left alone.
         form: stock, compact or dense.
         why_not_stock: why there is no stock configuration; None if there is one or nothing is gone.
         config: content of `config.json`.
-        layout: what is written of each block; not looked at where the form is dense.
-        blocks: what the dead code of each block depends on.
+        layout: what is written of each block that is left; not looked at where the form is dense.
+        blocks: for each block of the dense model, what its dead code depends on.
         dtype: of all float tensors.
     """
 
@@ -76,11 +87,19 @@ def plan_export(pruned: PrunedModel, dtype: str, asked: ExportLayout = ExportLay
 
     Raises:
         ParameterError: it cannot be written in the form that was asked for.
-        ExportError: the live sets are not those of this model.
+        ExportError: the live sets are not those of this model, or no block is left.
     """
-    dense = _open(pruned.checkpoint)
-    facts = [block_facts(dense, index) for index in range(dense.architecture.n_blocks)]
-    layout = Layout([_laid_out(pruned, index, fact) for index, fact in enumerate(facts)])
+    whole = _open(pruned.checkpoint)
+    n_blocks = whole.architecture.n_blocks
+    kept = [index for index in range(n_blocks) if index not in pruned.removed]
+    if not kept or not set(pruned.removed) <= set(range(n_blocks)):
+        raise ExportError(
+            f"blocks {', '.join(map(str, pruned.removed))} are to be left out of a model with {n_blocks} (from 0); at "
+            "least one must stay; nothing was exported"
+        )
+    dense = _without_removed(whole, kept)
+    facts = [block_facts(dense, index) for index in range(n_blocks)]
+    layout = Layout(kept, [_laid_out(pruned, index, facts[index]) for index in kept])
     torch_dtype: torch.dtype = getattr(torch, dtype)
     form, config, reason = _decide(dense, layout, asked, torch_dtype, pruned.checkpoint)
     written = {**{name: value for name, value in config.items() if name != "torch_dtype"}, "dtype": dtype}
@@ -120,6 +139,14 @@ def _open(checkpoint: Checkpoint) -> DenseModel:
     return DenseModel(config, skeleton, discover(skeleton), brings_code)
 
 
+def _without_removed(whole: DenseModel, kept: Sequence[int]) -> DenseModel:
+    """The same model with the configuration of what is left of it."""
+    if len(kept) == whole.architecture.n_blocks:
+        return whole
+    described = whole.skeleton.config.get_text_config(decoder=True).to_dict()
+    return replace(whole, config=shorter_config(whole.config, described, whole.architecture.n_blocks, kept))
+
+
 def _laid_out(pruned: PrunedModel, index: int, facts: BlockFacts) -> Any:
     live = pruned.live(index)
     if set(live) != set(facts.has_bias):
@@ -134,7 +161,8 @@ def _decide(
     dense: DenseModel, layout: Layout, asked: ExportLayout, dtype: torch.dtype, checkpoint: Checkpoint
 ) -> tuple[ExportLayout, Mapping[str, Any], str | None]:
     """Form, configuration, and why it is not stock."""
-    if asked is ExportLayout.DENSE or (asked is ExportLayout.AUTO and layout.is_dense):
+    is_whole = layout.is_dense and len(layout.kept) == dense.architecture.n_blocks
+    if asked is ExportLayout.DENSE or (asked is ExportLayout.AUTO and is_whole):
         return ExportLayout.DENSE, dense.config, None
     reason = None
     if asked in (ExportLayout.AUTO, ExportLayout.STOCK):
@@ -161,22 +189,35 @@ def _decide(
 def _stock(dense: DenseModel, layout: Layout) -> tuple[dict[str, Any] | None, str]:
     if dense.brings_code:
         return None, "its own Python files build it"
+    shapes = _written_shapes(dense, layout)
+    if layout.is_dense and has_shapes(dense.config, shapes):
+        return dict(dense.config), ""
     if dense.architecture.couplings is None or any(block.n_neurons is None for block in layout.blocks):
         return None, "it is not known which rows and columns belong together in it"
     reason = layout.not_uniform
     if reason is not None:
         return None, reason
-    shapes = {name: tuple(tensor.shape) for name, tensor in dense.skeleton.state_dict().items()}
-    for index, block in enumerate(layout.blocks):
-        for name, linear in block.linears.items():
-            path = f"{dense.architecture.block_path(index)}.{name}"
-            shapes[f"{path}.weight"] = linear.shape
-            if linear.has_bias:
-                shapes[f"{path}.bias"] = linear.shape[:1]
     first = layout.blocks[0]
-    found = stock_config(dense, first, shapes)
+    found = stock_config(dense, first, layout.kept, shapes)
     kind = base_config(dense.config).get("model_type")
     return found, f"{kind} ties the number of heads to the width, and {first.n_query_heads} heads are left"
+
+
+def _written_shapes(dense: DenseModel, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Name of every tensor of the smaller model, its blocks numbered anew → the shape it will have."""
+    architecture = dense.architecture
+    inside = f"{architecture.blocks_path}."
+    tensors = {name: tuple(tensor.shape) for name, tensor in dense.skeleton.state_dict().items()}
+    shapes = {name: shape for name, shape in tensors.items() if not name.startswith(inside)}
+    for position, (index, block) in enumerate(zip(layout.kept, layout.blocks, strict=True)):
+        before, path = f"{architecture.block_path(index)}.", architecture.block_path(position)
+        mine = {name: shape for name, shape in tensors.items() if name.startswith(before)}
+        shapes |= {f"{path}.{name.removeprefix(before)}": shape for name, shape in mine.items()}
+        for name, linear in block.linears.items():
+            shapes[f"{path}.{name}.weight"] = linear.shape
+            if linear.has_bias:
+                shapes[f"{path}.{name}.bias"] = linear.shape[:1]
+    return shapes
 
 
 def _saved_bytes(layout: Layout, dtype: torch.dtype) -> int:
@@ -200,8 +241,8 @@ def _compact_config(dense: DenseModel, layout: Layout) -> dict[str, Any]:
         module, _, output = family.attention.output.rpartition(".")
         attention = {"module": module, "output": output}
     layers = []
-    for index, block in enumerate(layout.blocks):
-        earlier = before["layers"][index] if before else {"heads": None, "linears": {}}
+    for position, block in enumerate(layout.blocks):
+        earlier = before["layers"][position] if before else {"heads": None, "linears": {}}
         heads = earlier["heads"] if block.n_kv_heads is None else [block.n_query_heads, block.n_kv_heads]
         linears = {name: linear.sizes for name, linear in block.linears.items()}
         layers.append({"heads": heads, "linears": {**earlier["linears"], **linears}})

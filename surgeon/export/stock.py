@@ -5,7 +5,7 @@ attention reads them as heads of the right width, is taken.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from surgeon.export.layout import BlockLayout
 from surgeon.models import Architecture
 from surgeon.models.compact import CLASS_PREFIX, PREFIX
+from surgeon.models.depth import shorter_config
 from surgeon.models.quiet import quiet_transformers
 from surgeon.models.skeleton import REGISTERING
 
@@ -29,7 +30,7 @@ class DenseModel:
     """The model that is pruned, without weights.
 
     Attributes:
-        config: content of its `config.json`.
+        config: content of its `config.json`, without blocks that are gone whole.
         skeleton: the model on the meta device.
         architecture: its blocks and linears.
         brings_code: whether its own Python files are run to build it.
@@ -41,25 +42,32 @@ class DenseModel:
     brings_code: bool
 
 
-def stock_config(model: DenseModel, block: BlockLayout, shapes: Shapes) -> dict[str, Any] | None:
+def stock_config(model: DenseModel, block: BlockLayout, kept: Sequence[int], shapes: Shapes) -> dict[str, Any] | None:
     """Finds a configuration with which stock transformers builds the narrower model.
 
     Args:
         model: the dense one.
         block: layout of any block, as all are alike.
-        shapes: name of every tensor in the model → the shape it will have.
+        kept: indices of the blocks that are left.
+        shapes: name of every tensor in the smaller model → the shape it will have.
 
     Returns:
         Content of `config.json`, or None if no stock model has these shapes.
     """
-    for candidate in _candidates(model, block):
+    for candidate in _candidates(model, block, kept):
         built = _build(candidate)
-        if built is not None and _fits(built, model, block, shapes):
+        if built is not None and _fits(built, model, block, kept, shapes):
             return candidate
     return None
 
 
-def _candidates(model: DenseModel, block: BlockLayout) -> Iterator[dict[str, Any]]:
+def has_shapes(config: Mapping[str, Any], shapes: Shapes) -> bool:
+    """Whether stock transformers builds a model with exactly these tensors from a configuration."""
+    built = _build(config) if config.get("model_type") in CONFIG_MAPPING else None
+    return built is not None and _shapes(built) == dict(shapes)
+
+
+def _candidates(model: DenseModel, block: BlockLayout, kept: Sequence[int]) -> Iterator[dict[str, Any]]:
     base = base_config(model.config)
     dense = model.skeleton.config.get_text_config(decoder=True)
     couplings = model.architecture.couplings
@@ -78,7 +86,7 @@ def _candidates(model: DenseModel, block: BlockLayout) -> Iterator[dict[str, Any
         # LlamaConfig insists on heads that divide the width; a Mistral without a window is the same model. Everything
         # is written out, as the defaults of the two differ.
         yield {
-            **_written_out(dense),
+            **shorter_config(_written_out(dense), dense.to_dict(), model.architecture.n_blocks, kept),
             **edited,
             "rope_parameters": copy.deepcopy(dense.rope_parameters),
             "rms_norm_eps": dense.rms_norm_eps,
@@ -122,16 +130,20 @@ def _build(config: Mapping[str, Any]) -> PreTrainedModel | None:
     return model
 
 
-def _fits(built: PreTrainedModel, model: DenseModel, block: BlockLayout, shapes: Shapes) -> bool:
-    if {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()} != dict(shapes):
+def _shapes(built: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
+
+
+def _fits(built: PreTrainedModel, model: DenseModel, block: BlockLayout, kept: Sequence[int], shapes: Shapes) -> bool:
+    if _shapes(built) != dict(shapes):
         return False
     couplings, family = model.architecture.couplings, model.architecture.family
     assert couplings is not None and family is not None
     head_dim, n_groups = couplings[0].attention.head_dim, block.n_kv_heads
     assert n_groups
     parent = family.attention.output.rpartition(".")[0]
-    for index in range(model.architecture.n_blocks):
-        attention: Any = built.get_submodule(f"{model.architecture.block_path(index)}.{parent}")
+    for position, index in enumerate(kept):
+        attention: Any = built.get_submodule(f"{model.architecture.block_path(position)}.{parent}")
         found = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
         ratio = getattr(
             attention, "num_key_value_groups", block.n_query_heads // n_groups if block.n_query_heads else 0

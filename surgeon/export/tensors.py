@@ -1,6 +1,6 @@
 """The tensors of an export: which are written, in which shapes, and how each is made from the pruned model."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,14 @@ class _Part:
     kind: str
 
 
+@dataclass(frozen=True)
+class _Changed:
+    """A tensor that is none of a linear and has changed: its shape, and where it is."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
 class ExportTensors:
     """Plans the tensors of each file; those of one block are in memory at a time.
 
@@ -52,7 +60,7 @@ class ExportTensors:
         plan: the export.
 
     Raises:
-        ExportError: A pruned linear is not stored in the checkpoint.
+        ExportError: A pruned linear is not stored in the checkpoint, or another changed tensor does not fit it.
     """
 
     def __init__(self, plan: ExportPlan) -> None:
@@ -66,7 +74,10 @@ class ExportTensors:
         for name in plan.dense.skeleton.state_dict():
             if (stored := weights.stored_name(name)) is not None:
                 self._in_model[stored] = name
-        for index, facts in enumerate(plan.blocks):
+        self._numbering = _Numbering(plan, self._in_model)
+        self._changed = _changed(plan)
+        for index in plan.layout.kept:
+            facts = plan.blocks[index]
             for linear, has_bias in facts.has_bias.items():
                 for kind in ("weight", "bias") if has_bias else ("weight",):
                     name = f"{architecture.block_path(index)}.{linear}.{kind}"
@@ -96,30 +107,35 @@ class ExportTensors:
     def _planned(
         self, stored: str, shape: tuple[int, ...], read: Callable[[], Tensor]
     ) -> Iterator[tuple[str, TensorPlan]]:
+        written = self._written_name(stored)
+        if written is None:
+            if read().is_floating_point():
+                self._count(shape)
+            return
         part = self._parts.get(stored)
         if part is None:
-            yield from self._kept(stored, read)
+            yield from self._kept(stored, written, read)
             return
         self._count(shape)
-        layout = self.plan.layout.blocks[part.block].linears[part.linear]
         if self.plan.form is ExportLayout.DENSE:
-            yield stored, self._pruned(part, shape)
+            yield written, self._pruned(part, shape)
             return
+        layout = self.plan.layout.of(part.block).linears[part.linear]
         attention_is_gone = self._is_of_gone_attention(self._in_model[stored])
         if part.kind == "bias":
             if layout.is_constant:
-                yield stored, self._pruned(part, (len(layout.rows.seen),))
+                yield written, self._pruned(part, (len(layout.rows.seen),))
             elif not layout.is_gone:
-                yield stored, self._pruned(part, layout.shape[:1])
+                yield written, self._pruned(part, layout.shape[:1])
         elif not layout.is_gone and not attention_is_gone:
-            yield stored, self._pruned(part, layout.shape)
+            yield written, self._pruned(part, layout.shape)
             for name, side in (("kept_outputs", layout.rows), ("kept_inputs", layout.columns)):
                 if (index_map := side.index_map) is not None:
                     maps = TensorPlan(tuple(index_map.shape), torch.int64, partial(torch.Tensor.clone, index_map))
-                    yield f"{stored.removesuffix('weight')}{name}", maps
+                    yield f"{written.removesuffix('weight')}{name}", maps
 
-    def _kept(self, stored: str, read: Callable[[], Tensor]) -> Iterator[tuple[str, TensorPlan]]:
-        """A tensor that pruning did not touch; it may belong to an attention that is gone."""
+    def _kept(self, stored: str, written: str, read: Callable[[], Tensor]) -> Iterator[tuple[str, TensorPlan]]:
+        """A tensor of no linear, as it was or as it has become; it may belong to an attention that is gone."""
         tensor = read()  # memory-mapped
         is_float = tensor.is_floating_point()
         if is_float:
@@ -131,7 +147,14 @@ class ExportTensors:
             self.tally.parameters += tensor.numel()
         shape = tuple(tensor.shape)
         del tensor
-        yield self._written_name(stored), TensorPlan(shape, dtype, lambda: read().to(dtype))
+        changed = self._changed.get(self._in_model.get(stored, stored))
+        if changed is not None and changed.shape != shape:
+            raise ExportError(
+                f"{stored} has the shape {list(shape)}, but what has become of it {list(changed.shape)}; nothing was "
+                "exported"
+            )
+        make = read if changed is None else changed.read
+        yield written, TensorPlan(shape, dtype, lambda: make().to(dtype))
 
     def _count(self, shape: tuple[int, ...]) -> None:
         n = int(torch.Size(shape).numel())
@@ -150,7 +173,7 @@ class ExportTensors:
             if self.plan.form is ExportLayout.DENSE:
                 self._block = (part.block, _dense_tensors(linears.items()))
             else:
-                facts, layout = self.plan.blocks[part.block], self.plan.layout.blocks[part.block]
+                facts, layout = self.plan.blocks[part.block], self.plan.layout.of(part.block)
                 couplings = facts.couplings
                 down = couplings.mlp.column_linear if couplings is not None else ""
                 self._block = (part.block, _smaller_tensors(linears.items(), layout, down, facts.at_zero))
@@ -162,19 +185,80 @@ class ExportTensors:
         if family is None or self.plan.form is not ExportLayout.COMPACT:
             return False
         module, _, _ = family.attention.output.rpartition(".")
-        for index, block in enumerate(self.plan.layout.blocks):
+        for index, block in zip(self.plan.layout.kept, self.plan.layout.blocks, strict=True):
             path = self.plan.dense.architecture.block_path(index)
             if block.n_kv_heads == 0 and name.startswith(f"{path}.{module}."):
                 return name != f"{path}.{family.attention.output}.bias"
         return False
 
-    def _written_name(self, stored: str) -> str:
-        """Name in the files; transformers knows the other names that some families store by only in stock models."""
-        if self.plan.form is not ExportLayout.COMPACT or stored not in self._in_model:
-            return stored
-        family = self.plan.dense.architecture.family
-        renamed = family is not None and any(stored.startswith(in_files) for _, in_files in family.renamed)
-        return self._in_model[stored] if renamed else stored
+    def _written_name(self, stored: str) -> str | None:
+        """Name in the files, with the new number of its block; None if the block is gone.
+
+        transformers knows the other names that some families store by only in stock models.
+        """
+        name = stored
+        if self.plan.form is ExportLayout.COMPACT and stored in self._in_model:
+            family = self.plan.dense.architecture.family
+            renamed = family is not None and any(stored.startswith(in_files) for _, in_files in family.renamed)
+            name = self._in_model[stored] if renamed else stored
+        return self._numbering.renumbered(name)
+
+
+class _Numbering:
+    """The numbers of blocks in names, which change where blocks before them are gone.
+
+    Args:
+        plan: the export.
+        in_model: name in the files → name in the model.
+    """
+
+    def __init__(self, plan: ExportPlan, in_model: Mapping[str, str]) -> None:
+        architecture, kept = plan.dense.architecture, list(plan.layout.kept)
+        self._new: dict[str, str | None] = {}
+        if len(kept) == architecture.n_blocks:
+            return
+        inside = f"{architecture.blocks_path}."
+        for names in in_model.items():
+            if not names[1].startswith(inside):
+                continue
+            number, _, rest = names[1].removeprefix(inside).partition(".")
+            index = int(number)
+            for name in names:  # with all that comes before the number, which may differ in the files
+                before = name.removesuffix(f"{number}.{rest}")
+                new = f"{before}{kept.index(index)}." if index in kept else None
+                self._new[f"{before}{number}."] = new
+
+    def renumbered(self, name: str) -> str | None:
+        """The new name of a tensor, which the model may not have; None if its block is gone."""
+        for prefix, new in self._new.items():
+            if name.startswith(prefix):
+                return None if new is None else new + name.removeprefix(prefix)
+        return name
+
+
+def _changed(plan: ExportPlan) -> dict[str, _Changed]:
+    """Changed tensors of no linear, by name in the model; of tied ones all names."""
+    found: dict[str, _Changed] = {}
+    for index in plan.layout.kept:
+        for name, tensor in plan.pruned.others(index).items():
+            read = partial(_other, plan.pruned.others, index, name)
+            found[f"{plan.dense.architecture.block_path(index)}.{name}"] = _Changed(tuple(tensor.shape), read)
+    for name, tensor in plan.pruned.trunk.items():
+        found[name] = _Changed(tuple(tensor.shape), partial(torch.Tensor.detach, tensor))
+    known = set(plan.dense.skeleton.state_dict())
+    if unknown := set(found) - known:
+        raise ExportError(
+            f"{plan.pruned.checkpoint.path} has no tensor {min(unknown)!r} to be replaced; nothing was exported"
+        )
+    for pair in plan.dense.skeleton.get_expanded_tied_weights_keys(all_submodels=True).items():
+        for one, other in (pair, pair[::-1]):
+            if one in found:
+                found.setdefault(other, found[one])
+    return found
+
+
+def _other(others: Callable[[int], Mapping[str, Tensor]], index: int, name: str) -> Tensor:
+    return others(index)[name]
 
 
 def _dense_tensors(linears: Iterable[tuple[str, PrunedLinear]]) -> dict[str, Tensor]:

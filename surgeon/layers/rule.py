@@ -33,6 +33,7 @@ class LayerRule:
 
     Raises:
         ParameterError: nothing or everything would go, or less may go than shall.
+        ValueError: the selector needs an amount or weights that are not given.
     """
 
     selector: Selector
@@ -50,6 +51,8 @@ class LayerRule:
             raise ValueError(
                 f"{self.selector} needs the weights of attention and MLP of each of {self.n_blocks} blocks"
             )
+        elif (self.n_remove is None) == (self.n_weights is None):
+            raise ValueError(f"{self.selector} needs either a number of sub-layers or a number of weights")
         else:
             select(self, np.zeros((2, self.n_blocks)))
 

@@ -194,14 +194,14 @@ class PresetSizes:
 
 
 PRESETS: Mapping[RecoveryPreset, PresetSizes] = {
-    RecoveryPreset.SMOKE: PresetSizes(8_192, 128, 1_024, 1e-4, 2, 4, 2_048, 8),
+    RecoveryPreset.SMOKE: PresetSizes(8_192, 128, 1_024, 3e-4, 2, 4, 2_048, 8),
     RecoveryPreset.SMALL: PresetSizes(10**9, 2_048, 2**19, 3e-4, 100, 100, 2**19, 64),
     RecoveryPreset.PAPER: PresetSizes(160 * 10**9, 2_048, 2**21, 3e-4, 2_000, 1_000, 2**20, 64),
 }
 """Full training: `paper` is that of Just CHOP (its batches of small models), `small` the same with fewer tokens."""
 
 LORA_RATES: Mapping[RecoveryPreset, float] = {
-    RecoveryPreset.SMOKE: 1e-3,
+    RecoveryPreset.SMOKE: 1e-2,
     RecoveryPreset.SMALL: 3e-4,
     RecoveryPreset.PAPER: 3e-4,
 }

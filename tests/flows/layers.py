@@ -10,12 +10,15 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny
 
-from flows.dry_run import DryEngine, DryRun
 from flows.layerchop import LayerChopShot
-from flows.params_layerchop import LayerChopParams
+from flows.planning import dry_run
+from flows.prune import prune
+from flows.schedule import shot_target
 from flows.session import Session
 from flows.shot import Shot
-from surgeon.store import PlannedStore, Reference, Store
+from flows.spectra import make_spectra
+from flows.stages import dense_evaluation
+from surgeon.store import Reference, Store
 from tests.flows.project import write_text
 from tests.flows.sessions import Recorder, Runs, StoppedError
 from tests.surgeon.passes.stock import load_stock, token_losses
@@ -77,37 +80,38 @@ def stored_tokens(store: Store, tokens: Array) -> Reference:
     return store.commit("0" * 64, "sequences", {"tokens": tokens}, {}, label="calibration/sequences")
 
 
-def shot_of(
-    session: Session, target: float = 0.3, calibration: Reference | None = None, **settings: Any
-) -> LayerChopShot:
+def session_of(runs: Runs, target: float = 0.3, stop_after: int | None = None, **settings: Any) -> Session:
+    """A session of LayerChop; the target counts where no number of blocks is given."""
+    prune = {"method": "layerchop", "structure": "blocks", "layerchop": settings}
+    return runs.session(prune if "blocks" in settings else {**prune, "sparsity": target}, stop_after)
+
+
+def shot_of(session: Session, calibration: Reference | None = None) -> LayerChopShot:
+    """The shot of a session, on other sequences than its own if they are given."""
     given = calibration or session.calibration()
-    return LayerChopShot(session, session.dense, given, 1, target, LayerChopParams(**settings))
+    return LayerChopShot(session, session.dense, given, 1, shot_target(session.goal.fraction, 1, 1))
 
 
 def chop(
     runs: Runs, target: float = 0.3, stop_after: int | None = None, **settings: Any
 ) -> tuple[Shot | None, list[str]]:
-    """One shot, and the names of the tasks that were executed for it; no shot if it was stopped."""
-    session = runs.session({}, stop_after)
+    """What the prune stage gives, and the names of the tasks that were executed for it; no shot if it was stopped."""
+    session = session_of(runs, target, stop_after, **settings)
     assert isinstance(session.engine, Recorder)
+    shot = None
     try:
-        return shot_of(session, target, **settings).run(), session.engine.ran
+        _ = session.windows
+        dense_evaluation(session)
+        (shot,) = prune(session)
+        make_spectra(session, shot.references, 1)
     except StoppedError:
-        return None, session.engine.ran
-
-
-def dry_shot(session: Session, target: float = 0.3, **settings: Any) -> DryRun:
-    """What a shot would do."""
-    dry = DryRun(PlannedStore(session.context.store))
-    engine = DryEngine(dry)
-    other = session.rehearsal(engine, dry.store)
-    engine.stage("prune", lambda: shot_of(other, target, **settings).run())
-    return dry
+        pass
+    return shot, session.engine.ran
 
 
 def planned(runs: Runs, target: float = 0.3, **settings: Any) -> list[str]:
     """Names of the tasks that a run is expected to execute."""
-    return [step.name for step in dry_shot(runs.session({}), target, **settings).steps]
+    return [step.name for step in dry_run(session_of(runs, target, **settings), whole=False)[0].steps]
 
 
 def stock_loss(model: Path, tokens: Array, gone: Collection[int] = (), silent: Collection[str] = ()) -> float:

@@ -13,7 +13,7 @@ import yaml
 
 from tests.flows.project import ROOT, Project, environment
 
-STAGES = ("model", "calibrate", "evaluate", "prune", "export", "benchmark", "report")
+STAGES = ("model", "calibrate", "evaluate", "prune", "recovery", "export", "benchmark", "report")
 
 
 class Repository(Project):

@@ -63,6 +63,11 @@ class Pruned:
         return {name: reference for shot in self.shots for name, reference in shot.references.items()}
 
     @property
+    def manifest(self) -> dict[str, Reference]:
+        """The same with the records of the shots."""
+        return self.references | {f"{shot.label}/shot": shot.stored for shot in self.shots}
+
+    @property
     def digests(self) -> dict[str, str]:
         return {name: reference.digest for name, reference in self.references.items()}
 

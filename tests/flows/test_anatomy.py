@@ -76,7 +76,7 @@ def relative_change(was: PrunedLinear, now: PrunedLinear) -> float:
 
 def found_alive(pruned: Pruned, shot: int) -> dict[tuple[int, str], PrunedLinear]:
     """The linears as a shot finds them: what no input or no gradient reaches goes first, and counts for nothing."""
-    references, measured = pruned.references, pruned.session.measured_linears
+    references, measured = pruned.manifest, pruned.session.measured_linears
     linears = before(pruned, shot)
     found = dict(linears)
     for block in blocks(pruned):
@@ -95,10 +95,10 @@ def blocks(pruned: Pruned) -> range:
 @pytest.mark.parametrize("settings", CASES)
 def test_linears_masks_and_costs(runs: Runs, settings: dict[str, Any]) -> None:
     pruned = two_shots(runs, settings)
-    anatomy = read_anatomy(runs.store, pruned.references, 2)
+    anatomy = read_anatomy(runs.store, pruned.manifest, 2)
     assert anatomy.missing == []
     was, now = found_alive(pruned, 2), pruned.linears(pruned.shots[-1].state)
-    updates = [pruned.references[f"shot-02/block-{block:02d}/update"] for block in blocks(pruned)]
+    updates = [pruned.manifest[f"shot-02/block-{block:02d}/update"] for block in blocks(pruned)]
     updated = pruned.linears(ModelState(pruned.session.checkpoint.digest).after(updates))
     assert [(facts.block, facts.linear) for facts in anatomy.linears] == list(now)
     for facts in anatomy.linears:
@@ -151,7 +151,7 @@ def check_costs(store: Store, pruned: Pruned, anatomy: Anatomy, shot: int) -> No
             if costs.threshold is not None and of != "neurons":
                 assert (values[gone] <= costs.threshold * (1 + 1e-6)).all()
                 assert (values[~gone] >= costs.threshold * (1 - 1e-6)).all()
-        in_manifest = block_costs(store, pruned.references, shot, block)
+        in_manifest = block_costs(store, pruned.manifest, shot, block)
         assert in_manifest is not None
         assert sum(sample.values.size for sample in in_manifest) == sum(v.size for v, _ in expected.values())
 
@@ -165,7 +165,7 @@ def candidates(
     now: dict[tuple[int, str], PrunedLinear],
 ) -> Candidates:
     """What stood for election in a block, from its costs and from its weights before and after."""
-    costs = store.open(pruned.references[f"shot-{shot:02d}/block-{block:02d}/costs"].key)
+    costs = store.open(pruned.manifest[f"shot-{shot:02d}/block-{block:02d}/costs"].key)
     names = [name for b, name in was if b == block]
     pairs = [(was[block, name], now[block, name]) for name in names]
     structure = str(pruned.session.recipe.granularity)
@@ -222,32 +222,32 @@ def test_damping(
     runs: Runs, settings: dict[str, Any], expected: tuple[float | None, float | None], escalations: int | None
 ) -> None:
     pruned = two_shots(runs, settings)
-    anatomy = read_anatomy(runs.store, pruned.references, 2)
+    anatomy = read_anatomy(runs.store, pruned.manifest, 2)
     assert len(anatomy.dampings) == len(anatomy.linears)
     assert {(d.activations, d.gradients) for d in anatomy.dampings} == {expected}
     assert {d.escalations for d in anatomy.dampings} == {escalations}
 
 
 def test_damping_of_units_is_that_of_what_pays(runs: Runs) -> None:
-    anatomy = read_anatomy(runs.store, two_shots(runs, {"structure": "units"}).references, 2)
+    anatomy = read_anatomy(runs.store, two_shots(runs, {"structure": "units"}).manifest, 2)
     paying = {d.linear: (d.activations, d.gradients) for d in anatomy.dampings if d.activations is not None}
     assert paying == {"attention.dense": (0.1, 0.0), "mlp.dense_4h_to_h": (0.1, 0.0)}
 
 
 def test_what_was_dropped_is_said(fresh: Runs) -> None:
     pruned = fresh.prune(structure="weights", shots=2, sparsity=0.3, run={"keep": "last"})
-    anatomy = read_anatomy(fresh.store, pruned.references, 2)
+    anatomy = read_anatomy(fresh.store, pruned.manifest, 2)
     assert {costs.shot for costs in anatomy.costs} == {2}
     assert anatomy.missing == ["costs of shot-01, 2 of 2 blocks: dropped by run.keep, or the run was changed"]
-    assert block_costs(fresh.store, pruned.references, 1, 0) is None
+    assert block_costs(fresh.store, pruned.manifest, 1, 0) is None
     assert [mask.shot for mask in anatomy.masks] == [1, 2]
-    fresh.store.evict(pruned.references["shot-02/block-01/update"].key)
-    anatomy = read_anatomy(fresh.store, pruned.references, 2)
+    fresh.store.evict(pruned.manifest["shot-02/block-01/update"].key)
+    anatomy = read_anatomy(fresh.store, pruned.manifest, 2)
     assert {facts.live_rows is None for facts in anatomy.linears if facts.block == 1} == {True}
     assert {facts.live_rows is None for facts in anatomy.linears if facts.block == 0} == {False}
     assert anatomy.missing[0] == "live rows and columns of shot-02/block-01: its weights are not in the store"
-    with pytest.raises(InputError, match="there are no updates of shot-03 among the"):
-        read_anatomy(fresh.store, pruned.references, 3)
+    with pytest.raises(InputError, match="there is no record of shot-03 among the"):
+        read_anatomy(fresh.store, pruned.manifest, 3)
 
 
 FACTORS = [
@@ -262,7 +262,7 @@ FACTORS = [
 @pytest.mark.parametrize("settings", FACTORS)
 def test_spectra_are_those_of_what_was_inverted(runs: Runs, settings: dict[str, Any]) -> None:
     pruned = two_shots(runs, settings)
-    recipe, context, references = pruned.session.recipe, pruned.session.context, pruned.references
+    recipe, context, references = pruned.session.recipe, pruned.session.context, pruned.manifest
     was = before(pruned, 2)
     dampings = {(d.block, d.linear): d for d in read_anatomy(runs.store, references, 2).dampings}
     work = spectrum_work(references, 2, 1, pruned.session.model.blocks[1])
@@ -310,13 +310,13 @@ def test_a_condition_number_beyond_float32_is_that_of_its_rounding() -> None:
 
 def test_spectra_outlive_the_factors(fresh: Runs) -> None:
     pruned = fresh.prune(shots=1, sparsity=0.3)
-    works = [spectrum_work(pruned.references, 1, b, pruned.session.model.blocks[b]) for b in (0, 1)]
+    works = [spectrum_work(pruned.manifest, 1, b, pruned.session.model.blocks[b]) for b in (0, 1)]
     assert works[0] is not None
     assert works[1] is not None
     first = spectrum_task(fresh.store.root, works[0])
     assert not first.cached
     for block in (0, 1):
-        fresh.store.evict(pruned.references[f"shot-01/block-{block:02d}/input-factors"].key)
+        fresh.store.evict(pruned.manifest[f"shot-01/block-{block:02d}/input-factors"].key)
     assert [can_be_had(fresh.store, work) for work in works if work] == [True, False]
     again = spectrum_task(fresh.store.root, works[0])
     assert again.cached
@@ -328,4 +328,4 @@ def test_spectra_outlive_the_factors(fresh: Runs) -> None:
 def test_what_has_no_factors_has_no_spectra(runs: Runs) -> None:
     for settings in ({"structure": "rows", "method": "magnitude"}, {"structure": "rows", "curvature": "diagonal"}):
         pruned = two_shots(runs, settings)
-        assert spectrum_work(pruned.references, 2, 0, pruned.session.model.blocks[0]) is None
+        assert spectrum_work(pruned.manifest, 2, 0, pruned.session.model.blocks[0]) is None

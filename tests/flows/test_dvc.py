@@ -61,11 +61,12 @@ def test_no_second_copy_on_disk(repository: Repository) -> None:
     [
         ("model", "dtype", "bfloat16", {"model"}),
         ("calibrate", "sequences", 5, {"calibrate"}),
-        ("prune", "ranking", "cost", {"prune", "export"}),
+        ("prune", "ranking", "cost", {"prune", "recovery", "export"}),
+        ("recovery", "method", "full", {"recovery", "export"}),
         ("export", "dtype", "bfloat16", {"export"}),
         ("benchmark", "prompt", 5, {"benchmark"}),
         ("report", "prompt", "Hello", {"report"}),
-        ("run", "batch_size", 2, {"evaluate", "prune"}),
+        ("run", "batch_size", 2, {"evaluate", "prune", "recovery"}),
         ("run", "blocks_per_group", 1, set()),
         ("run", "engine", "prefect", set()),
     ],
@@ -87,7 +88,7 @@ def test_repro_does_nothing_then_only_what_changed(repository: Repository) -> No
     executed = first["tasks"]["executed"]
     assert executed == 3 + 9 + 7
     repository.change("prune", "damping", {"activations": 0.05, "gradients": 0.05})
-    assert repository.repro() == {"prune", "export", "benchmark", "report"}
+    assert repository.repro() == {"prune", "recovery", "export", "benchmark", "report"}
     assert repository.executed()["prune"] == {"costs", "mask", "update", "evaluation", "spectra"}
     assert repository.results()["weights_digest"] != first["weights_digest"]
     changes = json.loads(repository.command("dvc", "metrics", "diff", "--json"))["data/metrics/run.json"]

@@ -270,7 +270,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_plots(runs: Runs, name: str, tmp_path: Path) -> None:
     pruned = runs.prune(**({"sparsity": 0.3, "shots": 2} | PLOTTED[name]))
     here = pruned.session.workspace
-    write_json(here.manifest, {n: reference.to_json() for n, reference in pruned.references.items()})
+    write_json(here.manifest, {n: reference.to_json() for n, reference in pruned.manifest.items()})
     run = inspect_run(here, None)
     figure = draw_run(run)
     kinds = {costs.of for costs in run.anatomy.costs if costs.shot == 2 and costs.n_gone}

@@ -82,7 +82,7 @@ def test_flows_are_recorded(run: tuple[Project, Finished, Finished]) -> None:
     with sqlite3.connect(project.root / ".prefect" / "prefect.db") as database:
         query = "select flow.name, flow_run.state_name from flow_run join flow on flow.id = flow_run.flow_id"
         flows = sorted(database.execute(query).fetchall())
-    stages = ("benchmark", "calibrate", "evaluate", "export", "model", "prune", "prune", "report", "run")
+    stages = ("benchmark", "calibrate", "evaluate", "export", "model", "prune", "prune", "recovery", "report", "run")
     assert flows == [(f"surgeon-{stage}", "Completed") for stage in stages]
 
 

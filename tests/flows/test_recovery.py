@@ -13,15 +13,16 @@ from flows.manifest import read_references
 from flows.params import Params
 from flows.planning import dry_run
 from flows.prune import prune
-from flows.recovery import check_recovery, recover
+from flows.recovery import check_recovery, recover, segments_found
 from flows.session import Session
-from flows.stages import final_state, run_all
+from flows.stages import run_all
+from flows.states import final_state
 from flows.workspace import Workspace
 from surgeon.errors import InputError, NonFiniteError, TextError
 from surgeon.store import Store
 from tasks.stage import read_arrays
 from tests.flows.project import Project
-from tests.flows.sessions import Recorder, StoppedError
+from tests.flows.sessions import Recorder, StoppedError, small_inputs
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -170,7 +171,10 @@ def test_it_goes_on_after_the_last_segment(runs: Recoveries, small: dict[str, An
     expected = whole.recover()
     with pytest.raises(StoppedError, match="segment-003"):
         runs.recover(stop_after=3)
-    again = runs.recover()
+    session = runs.session()
+    assert segments_found(session, runs.pruned, session.windows) == (2, 3)
+    again = recover(session, runs.pruned)
+    assert segments_found(session, runs.pruned, session.windows) == (3, 3)
     assert kinds(runs.ran) == {"training": 1, "recovered": 1, "evaluation": 1}
     assert again.state == expected.state
     assert again.facts == expected.facts
@@ -190,7 +194,7 @@ def test_what_is_kept(runs: Recoveries, keep: str) -> None:
 
 
 def test_training_that_harms_leaves_the_pruned_weights(runs: Recoveries) -> None:
-    recovered = runs.recover(learning_rate=0.5, warmup=0)
+    recovered = runs.recover(learning_rate=3.0, warmup=0)
     assert not recovered.facts["accepted"]
     assert recovered.state == runs.pruned
     assert recovered.facts["after"] == recovered.facts["before"]
@@ -263,6 +267,9 @@ def test_the_pipeline_exports_what_was_recovered(small: dict[str, Any], tmp_path
     assert recovery["tokens_per_s"] > 0
     card = (session.workspace.export / "README.md").read_text()
     assert "Then trained (full) to step" in card
+    page = session.workspace.report.read_text()
+    assert 'id="recovery"' in page
+    assert f"{recovery['n_trained']:,} numbers trained on 768 tokens" in page
     references = read_references(session.workspace)
     assert references is not None
     assert {name for name in references if name.startswith("recovery/")} >= {"recovery/record", "recovery/corpus"}
@@ -296,3 +303,28 @@ def test_killed_in_training_it_ends_with_the_same_bits(small: dict[str, Any], tm
     first, second = whole.read("stages/recovery.json"), killed.read("stages/recovery.json")
     assert first == second
     assert killed.contents() == whole.contents()
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "distill"])
+def test_a_model_without_some_blocks(tmp_path: Path, method: str) -> None:
+    """Nothing is pruned in the blocks that are left; they are compared with those that they were."""
+    rate = 1e-2 if method == "lora" else 3e-3
+    sections = small_inputs(tmp_path, n_blocks=3) | {
+        "recovery": TRAINING | {"method": method, "learning_rate": rate},
+        "prune": PRUNING,
+    }
+    session = Session(Params.model_validate(sections), Workspace(tmp_path / "project"), Recorder())
+    session.check()
+    state = session.dense.without([1])
+    recovered = recover(session, state)
+    assert recovered.facts["accepted"]
+    assert recovered.facts["validation"][-1]["loss"] < recovered.facts["validation"][0]["loss"]
+    assert recovered.state.removed == (1,)
+    assert recovered.state.updates[1] is None
+    for block in (0, 2):
+        update = recovered.state.update_of(block)
+        assert update is not None
+        arrays = read_arrays(session.context, update.key)
+        assert arrays["live_rows"].all()
+        assert arrays["live_columns"].all()
+    assert recovered.facts["after"]["loss"] != recovered.facts["before"]["loss"]

@@ -31,11 +31,15 @@ def test_stdout_is_json_alone_and_is_what_was_written(finished_with_output: tupl
 
 
 def test_files(finished: Project) -> None:
-    stages = {f"{name}.json" for name in ("model", "calibrate", "evaluate", "prune", "export", "benchmark", "report")}
+    stages = {
+        f"{name}.json"
+        for name in ("model", "calibrate", "evaluate", "prune", "recovery", "export", "benchmark", "report")
+    }
     assert {path.name for path in (finished.data / "stages").iterdir()} == stages
     assert {path.name for path in (finished.data / "timings").iterdir()} == stages
     assert {path.name for path in finished.data.iterdir()} == {
-        *("export", "manifest.json", "metrics", "models", "report", "run.zarr", "stages", "store", "timings")
+        *("export", "manifest.json", "metrics", "models", "recovery.json", "recovery.zarr", "report", "run.zarr"),
+        *("stages", "store", "timings"),
     }
     assert not list((finished.data / "store" / "tmp").iterdir())
 
@@ -44,7 +48,7 @@ def test_keys_of_the_results(finished: Project) -> None:
     results = finished.results()
     assert set(results) == {
         *("dense", "pruned", "window_length", "windows", "overlap", "shots", "samples", "seconds", "elapsed_s"),
-        *("export", "benchmark", "peak_memory_gib", "tasks", "weights_digest", "provenance"),
+        *("export", "benchmark", "recovery", "peak_memory_gib", "tasks", "weights_digest", "provenance"),
     }
     assert set(results["dense"]) == SIZES
     assert set(results["pruned"]) == {*SIZES, "sparsity"}
@@ -148,7 +152,7 @@ def test_second_run_executes_nothing(again: Project) -> None:
 
 def test_a_run_by_stages_is_the_same_run(params: dict[str, Any], finished: Project, tmp_path: Path) -> None:
     project = Project(tmp_path / "stages", params)
-    for stage in ("model", "calibrate", "evaluate", "prune", "export", "benchmark"):
+    for stage in ("model", "calibrate", "evaluate", "prune", "recovery", "export", "benchmark"):
         done = project.surgeon(stage, "--quiet").ok()
         assert (done.stdout, done.stderr) == ("", "")
     assert not (project.data / "metrics" / "run.json").exists()
@@ -156,7 +160,7 @@ def test_a_run_by_stages_is_the_same_run(params: dict[str, Any], finished: Proje
     output = project.surgeon("report", "--json").ok()
     assert json.loads(output.stdout)["weights_digest"] == finished.results()["weights_digest"]
     assert project.contents() == finished.contents()
-    for stage in ("model", "calibrate", "evaluate", "prune", "export", "benchmark", "report"):
+    for stage in ("model", "calibrate", "evaluate", "prune", "recovery", "export", "benchmark", "report"):
         assert project.read(f"stages/{stage}.json") == finished.read(f"stages/{stage}.json")
 
 

@@ -6,6 +6,7 @@ from tasks.stage import Stage
 from tests.tasks.numerics import current, recorded, source_digest, stage_digest, stages
 
 KINDS = (
+    *("corpus", "training", "recovered", "recovery"),
     *("boundary", "gradient", "input-factors", "output-factors", "diagonal", "loss-gradient"),
     *("moments", "kronecker-terms", "costs", "mask", "update", "correction"),
     *("similarity", "sub-layer-similarity", "removal-losses", "block-cost", "selection", "dropped"),

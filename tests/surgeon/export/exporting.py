@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from tiny import make_tiny
+from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
 
 from surgeon.choices import ExportLayout
 from surgeon.export import ExportPlan, Probe, PrunedModel, export_checkpoint, plan_export
@@ -23,18 +24,29 @@ Kill = Callable[[int, dict], None]
 
 @dataclass
 class Case:
-    """A pruned model."""
+    """A pruned model; `others` and `trunk` are changed tensors that are none of a linear, as `PrunedModel` has them."""
 
     checkpoint: Checkpoint
     blocks: dict[int, dict[str, PrunedLinear]]
     path: str
+    removed: tuple[int, ...] = ()
+    others: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    trunk: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def without(self, *removed) -> "Case":
+        return replace(self, removed=removed)
 
     @property
     def pruned(self) -> PrunedModel:
         def live(index):
             return {name: (li.live_rows, li.live_columns) for name, li in self.blocks[index].items()}
 
-        return PrunedModel(self.checkpoint, self.blocks.__getitem__, live)
+        return PrunedModel(
+            *(self.checkpoint, self.blocks.__getitem__, live),
+            removed=self.removed,
+            others=lambda index: self.others.get(index, {}),
+            trunk=self.trunk,
+        )
 
     def overrides(self, index):
         """Weights and biases of a block by full name, of dense shape."""
@@ -43,27 +55,45 @@ class Case:
             tensors[f"{self.path}.{index}.{name}.weight"] = linear.weight
             if linear.bias is not None:
                 tensors[f"{self.path}.{index}.{name}.bias"] = linear.bias
-        return tensors
+        return tensors | {f"{self.path}.{index}.{name}": value for name, value in self.others.get(index, {}).items()}
 
     def plan(self, dtype="float32", layout=ExportLayout.AUTO) -> ExportPlan:
         return plan_export(self.pruned, dtype, layout)
 
     def masked(self, dtype=torch.float32):
-        """The stock model of dense shapes with masked weights."""
+        """The stock model of dense shapes with masked weights; hidden states pass by removed blocks (no cache then)."""
         model = load_stock(self.checkpoint.path, dtype)
         state = model.state_dict()
         with torch.no_grad():
             for index in self.blocks:
                 for name, value in self.overrides(index).items():
                     state[name].copy_(value)
+            for name, value in self.trunk.items():
+                state[name].copy_(value)
+        for index in self.removed:
+            block = model.get_submodule(f"{self.path}.{index}")
+            block.forward = pass_by(isinstance(block, FalconDecoderLayer))
         return model
+
+    def block_wise(self, dtype=torch.float32):
+        """The same, as the package opens it."""
+        return BlockwiseModel(
+            self.checkpoint, dtype=dtype, overrides=self.overrides, removed=self.removed, trunk=self.trunk
+        )
 
     @contextmanager
     def in_memory(self, dtype=torch.float32):
-        """The same, as the package runs it."""
-        model = BlockwiseModel(self.checkpoint, dtype=dtype, overrides=self.overrides)
+        """The same with all blocks loaded."""
+        model = self.block_wise(dtype)
         with model.loaded(range(model.n_blocks)):
             yield model.model
+
+
+def pass_by(returns_tuple):
+    def forward(hidden_states, *_args, **_kwargs):
+        return (hidden_states,) if returns_tuple else hidden_states
+
+    return forward
 
 
 def opened(path):
