@@ -10,6 +10,7 @@ import pytest
 
 from flows.params import Params
 from flows.params_prune import PruneParams
+from flows.params_recovery import RecoveryParams
 from flows.stages import dense_evaluation
 from surgeon.store import Store
 from tests.flows.project import ROOT, Project, slow, tasks_of
@@ -133,6 +134,7 @@ def test_dropped_factors_come_back_with_the_same_bits(again: Project) -> None:
 CHOICE = {"mask", "update", "evaluation"}
 PRICE = {"costs"} | CHOICE
 MEASURED = {"curvature"} | PRICE
+BY_MAGNITUDE = {"selector": "magnitude", "protect_first": 0, "protect_last": 0}
 BASES: dict[str, dict[str, Any]] = {
     "structures": {},
     "weights": {"structure": "weights", "sparsity": 0.4, "max_iterations": 9},
@@ -143,6 +145,8 @@ BASES: dict[str, dict[str, Any]] = {
     "newton": {"correction": "newton"},
     "units": {"structure": "units", "widths": "free", "sparsity": 0.3},
     "adapters": {"correction": "adapters"},
+    "bonsai": {"structure": "units", "method": "bonsai", "widths": "free", "multiple": 1, "bonsai": {"sub_models": 10}},
+    "layerchop": {"structure": "units", "method": "layerchop", "sparsity": 0.5, "layerchop": BY_MAGNITUDE},
 }
 """What a row of the table starts from."""
 TABLE: list[tuple[str, dict[str, Any], set[str]]] = [
@@ -186,6 +190,14 @@ TABLE: list[tuple[str, dict[str, Any], set[str]]] = [
     ("units", {"sparsity": None, "parameters": 11_500}, CHOICE),
     ("units", {"sparsity": None, "size": 47_000}, CHOICE),
     ("units", {"sparsity": None, "speedup": 1.05}, CHOICE),
+    ("bonsai", {"bonsai": {"sub_models": 12}}, {"sub-model-0010", "sub-model-0011", "ranking"} | CHOICE),
+    ("bonsai", {"bonsai": {"sub_models": 10, "scope": "per-layer"}}, {"ranking"} | CHOICE),
+    (
+        "layerchop",
+        {"layerchop": BY_MAGNITUDE | {"selector": "block-influence"}},
+        {"similarity", "selection"},
+    ),
+    ("layerchop", {"layerchop": BY_MAGNITUDE | {"protect_last": 1}}, {"selection", "evaluation"}),
 ]
 """Base, change, and the kinds of tasks of the first shot that run again."""
 
@@ -220,6 +232,13 @@ def test_every_parameter_of_prune_is_in_the_table() -> None:
     assert {name for _, change, _ in TABLE for name in change} == set(PruneParams.model_fields)
 
 
+def leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name, value in tree.items():
+        found += leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"]
+    return found
+
+
 TEXTS = {"source", "split", "column", "revision"}
 EVERYTHING = {"sequences", "windows", "evaluation"} | MEASURED
 CALIBRATION = EVERYTHING - {"windows"}  # and of the evaluations that of the shot alone
@@ -250,6 +269,9 @@ ELSEWHERE = {
         (f"benchmark.{name}" for name in ("batch_sizes", "prompt", "new_tokens", "rounds", "dtype")),
         "test_benchmark.py",
     ),
+    **dict.fromkeys(
+        (f"recovery.{name}" for name in leaves(RecoveryParams().model_dump(mode="json"))), "test_recovery.py"
+    ),
 }
 
 
@@ -277,10 +299,3 @@ def test_every_parameter_is_tested_and_in_the_page() -> None:
         assert name in {n for n, _, _ in OTHERS} or name in ELSEWHERE or section == "prune", name
         shown = {name, ".".join(name.split(".")[:2]), f"{section}.*"}
         assert any(f"`{text}`" in page for text in shown), name
-
-
-def leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for name, value in tree.items():
-        found += leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"]
-    return found
