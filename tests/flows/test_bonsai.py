@@ -136,7 +136,7 @@ def test_settings_share_what_they_have_in_common(runs: Runs) -> None:
     ranked = ["ranking", "mask", "update", "evaluation"]
     for settings in ({"solver": "adam"}, {"scope": "per-layer"}, {"utility": "negative-perplexity"}):
         again = kinds(pruned(runs, n_rounds=1, **settings)[1])
-        assert again == ranked[: len(again)] and again
+        assert again[0] == "ranking" and set(again) <= set(ranked)
     more = pruned(runs, n_rounds=1, sub_models=12)[1]
     assert [name for name in more if "sub-model" in name] == ["shot-01/sub-model-0010", "shot-01/sub-model-0011"]
     assert "sub-model" in kinds(pruned(runs, n_rounds=1, prior="fluctuation")[1])

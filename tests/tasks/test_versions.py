@@ -10,6 +10,7 @@ KINDS = (
     *("boundary", "gradient", "input-factors", "output-factors", "diagonal", "loss-gradient"),
     *("moments", "kronecker-terms", "costs", "mask", "update", "correction"),
     *("similarity", "sub-layer-similarity", "removal-losses", "block-cost", "selection", "dropped"),
+    *("prior", "sub-model", "ranking"),
     *("evaluation", "task-scores", "sample", "sequences", "windows", "shot", "block-times", "spectra"),
 )
 
