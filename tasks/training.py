@@ -17,7 +17,7 @@ from surgeon.recovery.lora import adapted_linears, adapter_parameters, recovery_
 from surgeon.recovery.objective import NextTokens, Objective
 from surgeon.recovery.settings import RecoverySettings
 from surgeon.recovery.state import TrainingState
-from surgeon.recovery.training import StepLoss, Trainer, memory_advice, trainable_parameters, validation_loss
+from surgeon.recovery.training import StepLoss, Trainer, trainable_parameters, training_memory, validation_loss
 from surgeon.shrinking import ShrunkModel
 from surgeon.store import Reference
 from surgeon.text.tokenizers import TokenArray
@@ -149,7 +149,7 @@ def opened_training(context: Context, work: RecoveryWork, rows: TokenArray) -> I
     """Opens a pruned model to be trained, in float32 whatever the model is, with its teacher where it is needed."""
     settings = work.settings
     wide = replace(context, model=replace(context.model, dtype="float32"))
-    with memory_advice():
+    with training_memory():
         shrunk = open_shrunk(wide, work.state)
         teacher = open_shrunk(wide, ModelState(work.state.checkpoint_digest)) if settings.needs_teacher else None
     objective: Objective = NextTokens(shrunk.model)

@@ -9,7 +9,7 @@ Reference:
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from surgeon.choices import LossTerm
-from surgeon.errors import MemoryShortageError, NonFiniteError
+from surgeon.errors import NonFiniteError
 from surgeon.passes.groups import batches
 from surgeon.recovery.objective import Objective, logits_of, mean_next_token_loss, mixed_precision
 from surgeon.recovery.packing import step_rows
 from surgeon.recovery.schedule import rate_at
 from surgeon.recovery.settings import RecoverySettings
 from surgeon.recovery.state import TrainingState, read_state, write_state
+from surgeon.shortage import memory_advice
 from surgeon.text.tokenizers import TokenArray
 
 StepProgress = Callable[["StepLoss"], None]
@@ -96,7 +97,7 @@ class Trainer:
             MemoryShortageError: there is not enough memory.
         """
         losses = []
-        with memory_advice(), _repeatable(self._device):
+        with training_memory(), _repeatable(self._device):
             for _ in range(n_steps):
                 losses.append(self._one_step())
                 self.step += 1
@@ -196,7 +197,7 @@ def validation_loss(model: nn.Module, rows: TokenArray, micro_batch: int) -> flo
     """
     device = next(model.parameters()).device
     total = 0.0
-    with memory_advice(), torch.no_grad(), mixed_precision(device):
+    with training_memory(), torch.no_grad(), mixed_precision(device):
         for part in batches(len(rows), micro_batch):
             input_ids = torch.from_numpy(np.ascontiguousarray(rows[part], dtype=np.int64)).to(device)
             loss = float(mean_next_token_loss(logits_of(model, input_ids), input_ids))
@@ -214,26 +215,14 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters())
 
 
-@contextmanager
-def memory_advice() -> Iterator[None]:
-    """Turns an allocation that failed into an error that says what to lower.
-
-    Raises:
-        MemoryShortageError: an allocation failed.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        is_shortage = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text
-        if not is_shortage:
-            raise
-        raise MemoryShortageError(
-            f"recovery ran out of memory ({text.splitlines()[0] if text else 'no more'}). Lower recovery.micro_batch "
-            "(rows at a time), recovery.batch_tokens or recovery.length, or use recovery.method=lora, which has few "
-            "moments to hold, or drop terms that need the dense model. Finished segments are kept: the same command "
-            "goes on after the last."
-        ) from error
+def training_memory() -> AbstractContextManager[None]:
+    """Turns an allocation that failed into a `MemoryShortageError` that says what to lower."""
+    return memory_advice(
+        "recovery",
+        "Lower recovery.micro_batch (rows at a time), recovery.batch_tokens or recovery.length, or use "
+        "recovery.method=lora, which has few moments to hold, or drop terms that need the dense model. Finished segments "
+        "are kept: the same command goes on after the last.",
+    )
 
 
 @contextmanager

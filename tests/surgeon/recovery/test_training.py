@@ -10,7 +10,7 @@ from surgeon.errors import MemoryShortageError, NonFiniteError
 from surgeon.recovery.objective import NextTokens
 from surgeon.recovery.packing import step_rows
 from surgeon.recovery.schedule import rate_at
-from surgeon.recovery.training import Trainer, memory_advice, trainable_parameters, validation_loss
+from surgeon.recovery.training import Trainer, trainable_parameters, training_memory, validation_loss
 from tests.surgeon.recovery.small import ROWS, ExactLoss, SmallModel, settings, trainer
 
 
@@ -178,13 +178,13 @@ def test_validation_is_the_mean_over_rows():
 def test_memory_that_runs_out_says_what_to_lower(error):
     with (
         pytest.raises(MemoryShortageError, match=r"Lower recovery\.micro_batch .* recovery\.method=lora"),
-        memory_advice(),
+        training_memory(),
     ):
         raise error
 
 
 def test_other_errors_pass():
-    with pytest.raises(RuntimeError, match=r"^shapes$"), memory_advice():
+    with pytest.raises(RuntimeError, match=r"^shapes$"), training_memory():
         raise RuntimeError("shapes")
 
 
