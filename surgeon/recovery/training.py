@@ -220,8 +220,8 @@ def training_memory() -> AbstractContextManager[None]:
     return memory_advice(
         "recovery",
         "Lower recovery.micro_batch (rows at a time), recovery.batch_tokens or recovery.length, or use "
-        "recovery.method=lora, which has few moments to hold, or drop terms that need the dense model. Finished segments "
-        "are kept: the same command goes on after the last.",
+        "recovery.method=lora, which has few moments to hold, or drop terms that need the dense model. Finished "
+        "segments are kept: the same command goes on after the last.",
     )
 
 
