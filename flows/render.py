@@ -43,6 +43,8 @@ def render_results(results: dict[str, Any], console: Console) -> None:
     console.print(_shot_table(results["shots"]))
     for line in _convergence_lines(results["shots"]):
         console.print(line, highlight=False)
+    for line in _recovery_lines(results["recovery"]):
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(_seconds_line(results), highlight=False)
     for name in ("dense", "pruned"):
         sample = results["samples"][name]
@@ -88,6 +90,19 @@ def _convergence_lines(shots: list[dict[str, Any]]) -> list[str]:
         for shot in shots
         if (found := shot["convergence"]) and found["not_converged"]
     ]
+
+
+def _recovery_lines(found: Mapping[str, Any]) -> list[str]:
+    """What training after pruning came to; nothing where there was none."""
+    if found["accepted"] is None:
+        return []
+    before, after = found["before"]["perplexity"], found["after"]["perplexity"]
+    losses = [point["loss"] for point in found["validation"]]
+    trained = f"recovery ({found['method']}, {found['tokens']:,} tokens)"
+    held_out = f"loss of held-out rows {losses[0]:.3f}, at best {min(losses[1:]):.3f} after training"
+    if not found["accepted"]:
+        return [f"{trained} did not help, so the pruned weights stayed ({held_out})"]
+    return [f"{trained}: perplexity {before:.2f} → {after:.2f} ({held_out})"]
 
 
 def _seconds_line(results: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from surgeon.models import Architecture, AttentionCoupling, BlockCouplings, MlpCoupling
-from surgeon.models.compact import Constant, set_heads
+from surgeon.models.compact import Constant, WithoutHeads, set_heads
 from surgeon.models.depth import per_layer_changes
 from surgeon.passes.blockwise import BlockwiseModel
 from surgeon.pruning.linear import LiveSet
@@ -56,7 +56,11 @@ class ShrunkModel:
 
         An `nn.Linear`, or a `Constant` where no weight is left.
         """
-        return self.model.get_submodule(f"{self.path(block)}.{name}")
+        parent, _, last = name.rpartition(".")
+        owner = self.model.get_submodule(f"{self.path(block)}.{parent}".removesuffix("."))
+        if isinstance(owner, WithoutHeads) and last != owner.output_name:
+            return Constant(0, False)
+        return owner.get_submodule(last)
 
     def restored(self, block: int) -> dict[str, Tensor]:
         """The tensors of a block in the shapes of the dense model, zero where something was removed.
