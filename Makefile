@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env run compare comparison test check format lint types bench clean
+.PHONY: help env run compare comparison systems test check format lint types bench clean
 
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -32,6 +32,13 @@ comparison: env  ## make what docs/comparison.md shows, below data/comparison (a
 	@test -f "$(SURGEON_TEXT_DIR)/valid.txt" || { echo "SURGEON_TEXT_DIR does not name a folder with WikiText-2"; exit 2; }
 	mkdir -p data/comparison
 	$(BIN)/surgeon compare benchmarks/comparison.yaml -p params.yaml -C data/comparison --engine inline \
+		-S "calibrate.text={source: $(abspath $(SURGEON_TEXT_DIR))/valid.txt}" \
+		-S "evaluate.text={source: $(abspath $(SURGEON_TEXT_DIR))/test.txt}"
+
+systems: env  ## LLM Surgeon, LayerChop and Bonsai before and after training, below data/systems (needs SURGEON_TEXT_DIR)
+	@test -f "$(SURGEON_TEXT_DIR)/valid.txt" || { echo "SURGEON_TEXT_DIR does not name a folder with WikiText-2"; exit 2; }
+	mkdir -p data/systems
+	$(BIN)/surgeon compare benchmarks/systems.yaml -p params.yaml -C data/systems --engine inline \
 		-S "calibrate.text={source: $(abspath $(SURGEON_TEXT_DIR))/valid.txt}" \
 		-S "evaluate.text={source: $(abspath $(SURGEON_TEXT_DIR))/test.txt}"
 

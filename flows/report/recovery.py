@@ -5,12 +5,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from flows.comparison import show_perplexity
 from flows.report.svg import Ink, drawing, new_figure, style_axes, to_svg
 from flows.report.tables import Table
 
 _FACTS = (("perplexity", ",.2f"), ("loss", ".4f"), ("nonzero", ",d"))
-_NAMES = {"perplexity": "perplexity", "loss": "loss", "nonzero": "non-zero parameters"}
+_NAMES = {"perplexity": "perplexity", "loss": "loss", "nonzero": "parameters left"}
 
 
 def recovery_section(results: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -34,7 +33,7 @@ def _note(facts: Mapping[str, Any]) -> str:
     return (
         f"Method {facts['method']}: {facts['n_trained']:,} numbers trained on {facts['tokens']:,} tokens "
         f"({corpus['source']}) in {facts['steps']} steps{early}; peak rate {given['learning_rate']:g}. The weights are "
-        f"those after step {facts['best_step']}."
+        f"those after step {facts['best_step']}. Thick: the loss of held-out rows; thin: of each step."
     )
 
 
@@ -43,14 +42,10 @@ def _table(facts: Mapping[str, Any]) -> Table:
         (_NAMES[name], format(facts["before"][name], form), format(facts["after"][name], form)) for name, form in _FACTS
     ]
     losses = [point["loss"] for point in facts["validation"]]
-    rows.append(("loss of held-out rows", f"{losses[0]:.4f}", f"{min(losses):.4f}"))
-    for name, unit in (("seconds", " s"), ("tokens_per_s", " tokens/s"), ("peak_memory_gib", " GiB at the peak")):
-        if name in facts:
-            rows.append(("training", "", f"{facts[name]:,.1f}{unit}"))
-    perplexities = " to ".join(show_perplexity(facts[when]["perplexity"]) for when in ("before", "after"))
-    return Table(
-        f"Evaluation windows before and after recovery: perplexity {perplexities}", ("", "before", "after"), rows
-    )
+    rows.append(("held-out loss", f"{losses[0]:.4f}", f"{min(losses):.4f}"))
+    took = (("seconds", "training, s"), ("tokens_per_s", "tokens/s"), ("peak_memory_gib", "peak memory, GiB"))
+    rows += [(title, "", f"{facts[name]:,.1f}") for name, title in took if name in facts]
+    return Table("Evaluation windows before and after recovery", ("", "before", "after"), rows)
 
 
 def draw_learning(curve: list[dict[str, float]], validation: list[dict[str, float]]) -> Markup:
@@ -70,7 +65,7 @@ def draw_learning(curve: list[dict[str, float]], validation: list[dict[str, floa
         axes.plot(steps, losses, "o", color=Ink.REMOVED, markersize=7, zorder=4)
         axes.margins(x=0.04, y=0.15)
         axes.set_xlabel("step")
-        axes.set_ylabel("loss: held-out rows (thick), each step (thin)")
+        axes.set_ylabel("loss, nats per token")
         points = "; ".join(f"{loss:.3f} after step {step:g}" for step, loss in zip(steps, losses, strict=True))
         description = f"The loss of the held-out rows: {points}."
         return to_svg(figure, "learning", "Losses of recovery training", description)
