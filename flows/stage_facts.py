@@ -62,6 +62,7 @@ def _shot_facts(shot: Shot) -> dict[str, Any]:
         "shot": shot.number,
         "target": shot.target,
         **{name: shot.record[name] for name in names},
+        "layerchop": shot.record.get("layerchop"),
         "perplexity": shot.evaluation.attributes["perplexity"],
         "loss": shot.evaluation.attributes["loss"],
     }
