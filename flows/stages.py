@@ -266,6 +266,8 @@ def _write_results(session: Session) -> dict[str, Any]:
     references = read_references(session.workspace) or {}
     results = build_results(session.store, references, facts, timings, provenance(session))
     write_json(session.workspace.metrics, results)
+    curve = [{name: shot[name] for name in ("shot", "sparsity", "perplexity")} for shot in results["shots"]]
+    write_json(session.workspace.curve, curve)
     write_report(session, results, references, timings)
     return results
 

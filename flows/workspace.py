@@ -80,6 +80,11 @@ class Workspace:
         return self.data / "metrics" / "run.json"
 
     @property
+    def curve(self) -> Path:
+        """Sparsity and perplexity after each shot, which DVC plots; it mixes up the lists of a file that has several."""
+        return self.data / "metrics" / "shots.json"
+
+    @property
     def benchmark(self) -> Path:
         """Speed and memory of the dense and the exported model."""
         return self.data / "metrics" / "benchmark.json"
