@@ -76,7 +76,7 @@ def _data_outside(include: Path, definitions: list[Path]) -> list[Path]:
 def _read(definition: Path) -> dict[str, Any]:
     """A definition without its functions; what is no YAML mapping is empty, for lm-eval leaves it out as well."""
     try:
-        content = yaml.load(definition.read_bytes(), _Loader)
+        content = yaml.load(definition.read_bytes(), Loader=_Loader)
     except yaml.YAMLError:
         return {}
     return content if isinstance(content, dict) else {}
