@@ -23,7 +23,7 @@ class LayerChopParams(Section):
         gradient: whether `curvature` counts the gradient of the loss; None is yes.
     """
 
-    selector: Selector = Selector.MAX_GAP
+    selector: Selector = Selector.BLOCK_INFLUENCE
     blocks: Positive | None = None
     protect_first: _Count | None = None
     protect_last: _Count | None = None

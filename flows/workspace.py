@@ -81,7 +81,7 @@ class Workspace:
 
     @property
     def curve(self) -> Path:
-        """Sparsity and perplexity after each shot, which DVC plots; it mixes up the lists of a file that has several."""
+        """Sparsity and perplexity after each shot, which DVC plots: of a file with several lists it mixes them up."""
         return self.data / "metrics" / "shots.json"
 
     @property

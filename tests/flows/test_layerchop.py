@@ -309,7 +309,11 @@ def test_a_removed_block_passes_hidden_states_on(runs: Runs) -> None:
     [
         ({"blocks": 6}, 0.3, r"6 of 6 blocks would go, and nothing is left of the model; remove at most 5"),
         ({}, 0.95, r"6 of 6 blocks would go"),
-        ({"blocks": 5}, 0.3, r"5 blocks shall go, but of 6 the first 1 and the last 1 are protected, so 4 may"),
+        (
+            {"blocks": 5, "selector": "max-gap"},
+            0.3,
+            r"5 blocks shall go, but of 6 the first 1 and the last 1 are protected, so 4 may",
+        ),
         ({"selector": "taylor", "blocks": 1}, 0.3, r"the first 4 and the last 2 are protected, so 0 may"),
         ({"selector": "llm-drop", "blocks": 13}, 0.3, r"got 13 sub-layers, allowed: 1 to 12"),
         ({"selector": "llm-drop", "blocks": 12}, 0.3, r"attention and MLP of all 6 blocks would go"),

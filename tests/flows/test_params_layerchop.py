@@ -10,7 +10,7 @@ from surgeon.layers.spec import SPECS
 
 def test_defaults() -> None:
     given = LayerChopParams()
-    assert (given.selector, given.blocks, given.protected) == (Selector.MAX_GAP, None, (1, 1))
+    assert (given.selector, given.blocks, given.protected) == (Selector.BLOCK_INFLUENCE, None, (0, 0))
     assert LayerChopParams(selector=Selector.TAYLOR).protected == (4, 2)
     assert LayerChopParams(selector=Selector.SLEB, protect_first=0).protected == (0, 1)
     assert LayerChopParams(selector=Selector.ANGULAR, protect_last=3).protected == (0, 3)
