@@ -59,7 +59,7 @@ def test_keys_of_the_results(finished: Project) -> None:
     for shot in results["shots"]:
         assert set(shot) == {
             *("shot", "target", "sparsity", "perplexity", "loss", "threshold", "n_removed", "predicted_cost"),
-            *("convergence", "kept", "seconds"),
+            *("convergence", "kept", "seconds", "layerchop"),
         }
         assert set(shot["seconds"]) == kinds
         assert shot["convergence"] is None, "rows and columns are solved for directly"
