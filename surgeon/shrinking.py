@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from surgeon.models import Architecture, AttentionCoupling, BlockCouplings, MlpCoupling
+from surgeon.models import Architecture, BlockCouplings
 from surgeon.models.compact import Constant, WithoutHeads, set_heads
 from surgeon.models.depth import per_layer_changes
 from surgeon.passes.blockwise import BlockwiseModel
 from surgeon.pruning.linear import LiveSet
+from surgeon.pruning.units import Shape, SubLayer, SubLayerKind, sub_layers
 
 
 @dataclass(frozen=True)
@@ -131,59 +132,32 @@ def _whole(live: LiveSet) -> _Place:
     return _Place(torch.arange(len(live.rows)), torch.arange(len(live.columns)))
 
 
-@dataclass(frozen=True)
-class _Units:
-    """What is left of a block: neurons and key/value groups, bool."""
-
-    neurons: Tensor
-    groups: Tensor
-
-
-def _whole_units(couplings: BlockCouplings, sets: Mapping[str, LiveSet]) -> _Units | None:
-    """Which units live; None if something else than whole units is gone."""
+def _whole_units(couplings: BlockCouplings, sets: Mapping[str, LiveSet]) -> dict[SubLayerKind, Tensor] | None:
+    """Which units of the attention and the MLP live, bool; None if something else than whole units is gone."""
     if any(live.weights is not None for live in sets.values()):
         return None
-    neurons, groups = _neurons(couplings.mlp, sets), _groups(couplings.attention, sets)
-    if neurons is None or groups is None:
+    subs = sub_layers(couplings, {name: Shape(len(s.rows), len(s.columns), False) for name, s in sets.items()})
+    described = {name for sub in subs for name in (*sub.rows, sub.output)}
+    if not all(live.alive().all() for name, live in sets.items() if name not in described):
         return None
-    described = {*couplings.mlp.row_linears, couplings.mlp.column_linear}
-    described |= {*couplings.attention.input_linears, couplings.attention.output}
-    whole = all(live.rows.all() and live.columns.all() for name, live in sets.items() if name not in described)
-    return _Units(neurons, groups) if whole else None
+    units = {sub.kind: sub.live_units(sets[sub.output].columns) for sub in subs}
+    return units if all(_is_whole(sub, units[sub.kind], sets) for sub in subs) else None
 
 
-def _neurons(coupling: MlpCoupling, sets: Mapping[str, LiveSet]) -> Tensor | None:
-    down = sets[coupling.column_linear]
-    ups = [sets[name] for name in coupling.row_linears]
-    neurons = down.columns
-    if not all(torch.equal(up.rows, neurons) for up in ups):
-        return None
-    gone = not neurons.any()
-    return neurons if gone or (down.rows.all() and all(up.columns.all() for up in ups)) else None
+def _is_whole(sub: SubLayer, units: Tensor, sets: Mapping[str, LiveSet]) -> bool:
+    """Whether a sub-layer has lost just the units that are gone; one without any may lack its other side too."""
+    for name, (rows, columns) in sub.live_parts(units).items():
+        for found, wanted in ((sets[name].rows, rows), (sets[name].columns, columns)):
+            if wanted is None and units.any() and not found.all():
+                return False
+            if wanted is not None and not torch.equal(found, wanted):
+                return False
+    return True
 
 
-def _groups(coupling: AttentionCoupling, sets: Mapping[str, LiveSet]) -> Tensor | None:
-    output = sets[coupling.output]
-    by_group = output.columns.view(coupling.n_kv_heads, -1)
-    groups = by_group.any(dim=1)
-    if not torch.equal(by_group, groups[:, None].expand_as(by_group)):
-        return None
-    for name in coupling.input_linears:
-        if not torch.equal(sets[name].rows, _rows_of(coupling, name, groups, len(sets[name].rows))):
-            return None
-    ends = [output.rows, *(sets[name].columns for name in coupling.input_linears)]
-    return groups if not groups.any() or all(end.all() for end in ends) else None
-
-
-def _rows_of(coupling: AttentionCoupling, name: str, groups: Tensor, n_rows: int) -> Tensor:
-    rows = torch.zeros(n_rows, dtype=torch.bool)
-    for group in groups.nonzero().flatten().tolist():
-        span = coupling.rows(group)[name]
-        rows[span.start : span.stop] = True
-    return rows
-
-
-def _cut(block: nn.Module, couplings: BlockCouplings, sets: Mapping[str, LiveSet], units: _Units) -> dict[str, _Place]:
+def _cut(
+    block: nn.Module, couplings: BlockCouplings, sets: Mapping[str, LiveSet], units: Mapping[SubLayerKind, Tensor]
+) -> dict[str, _Place]:
     """Gives the linears of a block the sizes that are left; returns where their rows and columns were."""
     places = {}
     for name, live in sets.items():
@@ -195,7 +169,7 @@ def _cut(block: nn.Module, couplings: BlockCouplings, sets: Mapping[str, LiveSet
         setattr(block.get_submodule(parent), last, _smaller(linear, place))
     attention = couplings.attention
     module, _, output = attention.output.rpartition(".")
-    n_groups = int(units.groups.sum())
+    n_groups = int(units[SubLayerKind.ATTENTION].sum())
     set_heads(block, module, output, n_groups * attention.n_query_heads // attention.n_kv_heads, n_groups)
     return places
 

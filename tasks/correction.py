@@ -14,7 +14,7 @@ from surgeon.store import Reference, Store
 from tasks.context import Context, ModelState
 from tasks.progress import report
 from tasks.stage import Outcome, Product, Request, Stage, produce_all, read_arrays
-from tasks.weights import open_model, read_linears
+from tasks.weights import open_model, read_live_sets
 
 CORRECTION = Stage(
     "correction",
@@ -70,7 +70,8 @@ def correction_task(
 def _live_weights(context: Context, state: ModelState, block: int) -> dict[str, Tensor]:
     """Which weights of the linears of a block live, `[n_out, n_in]` bool by full name."""
     prefix = f"{context.model.blocks_path}.{block}"
-    return {f"{prefix}.{name}": linear.alive() for name, linear in read_linears(context, state, block).items()}
+    sets = read_live_sets(context, state, block)
+    return {f"{prefix}.{name}": live.alive().to(context.device) for name, live in sets.items()}
 
 
 def _corrected(context: Context, state: ModelState, block: int, result: AdapterResult) -> Product:

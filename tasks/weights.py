@@ -67,22 +67,18 @@ def read_linears(context: Context, state: ModelState, block: int) -> dict[str, P
     """The linears of one block with their live sets, float32, in module order, on the context's device."""
     shapes = context.model.blocks[block]
     names = [f"{context.model.blocks_path}.{block}.{shape.name}" for shape in shapes]
-    if (update := state.update_of(block)) is not None:
+    if state.update_of(block) is not None:
         tensors = block_tensors(context, state, block)
-        stored = Store(context.store).open(update.key)
-        packed = set(stored.names())
     else:
         parts = [f"{n}.weight" for n in names] + [f"{n}.bias" for n, s in zip(names, shapes, strict=True) if s.has_bias]
         tensors = WeightFiles(context.model.checkpoint).read(parts, torch.float32)
-        packed = set()
     on = context.device
     result = {}
-    for shape, name, (rows, columns) in zip(shapes, names, read_live(context, state, block).values(), strict=True):
+    for shape, name, live in zip(shapes, names, read_live_sets(context, state, block).values(), strict=True):
         bias = tensors[f"{name}.bias"].to(on) if shape.has_bias else None
-        live = None
-        if f"{shape.name}/live" in packed:
-            live = unpacked_live(stored.array(f"{shape.name}/live"), shape.n_in).to(on)
-        result[shape.name] = PrunedLinear(tensors[f"{name}.weight"].to(on), bias, rows.to(on), columns.to(on), live)
+        weights = None if live.weights is None else live.weights.to(on)
+        weight, rows, columns = tensors[f"{name}.weight"].to(on), live.rows.to(on), live.columns.to(on)
+        result[shape.name] = PrunedLinear(weight, bias, rows, columns, weights)
     return result
 
 
