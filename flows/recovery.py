@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from flows.records import named_results
 from flows.recovery_facts import recovery_facts, untouched_facts
 from flows.session import Session
 from surgeon.choices import Keep, Recovery
@@ -141,14 +142,8 @@ class RecoveryRun:
     def _finished(self) -> tuple[dict[str, Reference], Reference] | None:
         """All results by name and the record, if nothing is missing and the weights can be read."""
         found = self.store.lookup(self._request().key(self.context))
-        if found is None:
-            return None
-        state = ModelState.from_json(self.state.checkpoint_digest, found.attributes["state"])
-        if not all(self.store.has_payload(part.key) for part in state.stored):
-            return None
-        references = {name: self.store.lookup(key) for name, key in found.attributes["names"].items()}
-        there = {name: reference for name, reference in references.items() if reference is not None}
-        return (there, found) if len(there) == len(references) else None
+        references = None if found is None else named_results(self.store, found, self.state.checkpoint_digest)
+        return None if found is None or references is None else (references, found)
 
     def _request(self) -> Request:
         parameters = {

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flows.records import named_results
 from flows.session import Session
 from surgeon.store import Reference
 from tasks.context import Context, LinearShape, ModelState
@@ -176,11 +177,8 @@ class PruningShot(ABC):
     def _finished(self) -> tuple[dict[str, Reference], Reference] | None:
         """All results by name and the record of the shot, if nothing is missing and its weights can be read."""
         found = self._lookup(self._request())
-        if found is None or not all(self.store.has_payload(part.key) for part in self._state_of(found).stored):
-            return None
-        references = {name: self.store.lookup(key) for name, key in found.attributes["names"].items()}
-        there = {name: reference for name, reference in references.items() if reference is not None}
-        return (there, found) if len(there) == len(references) else None
+        references = None if found is None else named_results(self.store, found, self.state.checkpoint_digest)
+        return None if found is None or references is None else (references, found)
 
     def _state_of(self, stored: Reference) -> ModelState:
         return ModelState.from_json(self.state.checkpoint_digest, stored.attributes["state"])
