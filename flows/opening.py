@@ -24,7 +24,8 @@ def open_session(root: Path, params: Params, quiet: bool) -> Iterator[Session]:
     root = root.resolve()
     with Display(quiet) as display:
         engine = PrefectEngine(root, display) if params.run.engine == "prefect" else InlineEngine(display)
-        session = Session(params, Workspace(root, params.run.store), engine, display.say, display.warn)
+        workspace = Workspace(root, params.run.store, params.run.cache)
+        session = Session(params, workspace, engine, display.say, display.warn)
         try:
             yield session
         finally:

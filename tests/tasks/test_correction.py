@@ -10,7 +10,6 @@ from tiny import make_tiny
 from surgeon.correction.adapters import AdapterSettings
 from surgeon.models import resolve_model
 from surgeon.passes.evaluation import evaluate_perplexity
-from surgeon.store import Store
 from tasks.context import Context, ModelState, describe_model
 from tasks.correction import correction_requests, correction_task
 from tasks.evaluation import evaluation_task
@@ -84,7 +83,7 @@ def test_objects_are_those_of_the_update_but_for_live_weights(start):
                 assert (new[name][~live].view(np.int32) == 0).all()
                 assert (new[name] != old[name])[live].mean() > 0.9
         assert reference.label == f"shot-01/block-{block:02d}/correction"
-        attributes = Store(context.store).open(state.updates[block].key).attributes
+        attributes = context.store.open().open(state.updates[block].key).attributes
         assert reference.attributes["whole"] == attributes["whole"]
         for name, facts in reference.attributes["linears"].items():
             before, after = (arrays[f"{name}/weight"].astype(np.float64) for arrays in (old, new))
@@ -141,11 +140,11 @@ def likely_tokens(context, state):
 def test_a_missing_block_is_made_again_with_the_same_content(start):
     context, state, calibration = start
     first = correction_task(context, state, calibration, SETTINGS, "shot-01").value
-    Store(context.store).evict(first[1].key)
+    context.store.open().evict(first[1].key)
     second = correction_task(context, state, calibration, SETTINGS, "shot-01")
     assert not second.cached
     assert [ref.digest for ref in second.value] == [ref.digest for ref in first]
-    assert Store(context.store).has_payload(first[1].key)
+    assert context.store.open().has_payload(first[1].key)
 
 
 def test_keys_depend_on_all_that_is_read(start):
