@@ -61,6 +61,7 @@ class Here:
 
     store: StorePlace
     device: str = "cpu"
+    arithmetic: str = "cpu"
     dtype: str = "float64"
 
 
