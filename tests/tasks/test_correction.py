@@ -10,6 +10,7 @@ from tiny import make_tiny
 from surgeon.correction.adapters import AdapterSettings
 from surgeon.models import resolve_model
 from surgeon.passes.evaluation import evaluate_perplexity
+from surgeon.store import StorePlace
 from tasks.context import Context, ModelState, describe_model
 from tasks.correction import correction_requests, correction_task
 from tasks.evaluation import evaluation_task
@@ -39,7 +40,7 @@ def model_spec(folder, family):
 def start(request, specs, tmp_path):
     """A context, a pruned state in its store and calibration sequences."""
     family, single_weights = request.param
-    context = Context(tmp_path / "store", specs[family], "cpu", batch_size=2, blocks_per_group=2)
+    context = Context(StorePlace(tmp_path / "store"), specs[family], "cpu", batch_size=2, blocks_per_group=2)
     calibration = commit(
         context, Request(Stage("sequences", 1, ()), {}, {}, "calibration"), Product({"tokens": SEQUENCES}), 0.0
     ).value
