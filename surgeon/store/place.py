@@ -4,12 +4,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgeon.errors import StoreError
+from surgeon.store.remote_bucket import connected
+from surgeon.store.remote_store import RemoteStore
 from surgeon.store.store import Store
 
 CACHE_VARIABLE = "SURGEON_CACHE"
-
-_SCHEME = "s3"
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,10 @@ class StorePlace:
         """Opens the store; creates it if the directory or the prefix is new or empty.
 
         Raises:
-            StoreError: if something else is there, a store of another schema, or the bucket cannot be used.
+            StoreError: if something else is there, or a store of another schema.
+            BucketError: if the bucket cannot be used.
         """
-        if self.url is not None:
-            raise StoreError(f"run.store: {self.url} cannot be used yet.")
-        return Store(self.root)
+        return Store(self.root) if self.url is None else RemoteStore(self.root, connected(self.url))
 
     def __str__(self) -> str:
         return self.url or str(self.directory)

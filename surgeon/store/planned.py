@@ -47,7 +47,7 @@ class PlannedStore(Store):
 
     def __init__(self, real: Store) -> None:
         super().__init__(real.root)
-        self._real = real
+        self._real = real.quiet()
         self._promised: dict[str, Reference] = {}
         self._has_arrays: dict[str, bool] = {}
         self.changes: list[Change] = []
