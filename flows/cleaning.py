@@ -81,7 +81,8 @@ def clean(workspace: Workspace, options: CleanOptions, *, remove: bool) -> dict[
     """Says what nothing needs and, if wanted, removes it.
 
     Args:
-        workspace: whose store is cleaned; all other workspaces of the store are asked too.
+        workspace: whose store is cleaned, of one in a bucket what lies on this machine; all other workspaces of the
+            store are asked too.
         options: what counts as needed.
         remove: whether to remove it; otherwise nothing is changed.
 
@@ -106,7 +107,7 @@ def clean(workspace: Workspace, options: CleanOptions, *, remove: bool) -> dict[
             store.clear_stale_tmp()
             if options.damaged:
                 remove_tree(StorePaths(store.root).corrupt)
-    return _to_json(store, plan, options, remove)
+    return _to_json(store, plan, options, removed=remove, bucket=workspace.store.url)
 
 
 def _plan(store: Store, workspace: Workspace, options: CleanOptions) -> Plan:
@@ -153,7 +154,7 @@ def _require_known(plan: Plan, options: CleanOptions) -> None:
         )
 
 
-def _to_json(store: Store, plan: Plan, options: CleanOptions, removed: bool) -> dict[str, Any]:
+def _to_json(store: Store, plan: Plan, options: CleanOptions, *, removed: bool, bucket: str | None) -> dict[str, Any]:
     going, staying = Count(), Count()
     for total, counts in ((going, plan.going), (staying, plan.staying)):
         for count in counts.values():
@@ -161,6 +162,7 @@ def _to_json(store: Store, plan: Plan, options: CleanOptions, removed: bool) -> 
             total.size += count.size
     return {
         "store": str(store.root),
+        "bucket": bucket,
         "removed": removed,
         "workspaces": [str(path) for path in plan.workspaces],
         "going": going.to_json(),

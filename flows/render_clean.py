@@ -33,6 +33,8 @@ def render_clean(found: dict[str, Any], console: Console) -> None:
     total = found["going"]
     if not found["removed"] and (total["n"] or found["temporary"]["n"]):
         say("nothing was removed yet: add --yes")
+    if found["bucket"] is not None:
+        say(f"the bucket {found['bucket']} is left as it is; what goes here is fetched again when it is needed")
     if total["freed_bytes"] < total["bytes"]:
         say("files that a view or DVC's cache holds too are freed when those go (`dvc gc`)")
 

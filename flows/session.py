@@ -136,7 +136,10 @@ class Session:
         run = self.params.run
         device = self.device
         _ = self.presence
-        self.workspace.store.open().clear_stale_tmp()
+        store = self.workspace.store.open()
+        store.clear_stale_tmp()
+        for line in store.limits():
+            self.warn(line)
         refill(self.workspace, self.say)
         return Context(
             store=self.workspace.store,

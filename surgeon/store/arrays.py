@@ -17,7 +17,7 @@ CHUNK_ELEMENTS = CHUNK_SIDE * CHUNK_SIDE
 DTYPES = frozenset(np.dtype(letter).name for letter in "?bhilqBHILQefdFD")
 """The dtypes which the Zarr v3 specification has; others could not be read by other programs."""
 
-RESERVED_NAMES = frozenset({"zarr.json", "record.json", "evicted"})
+RESERVED_NAMES = frozenset({"zarr.json", "record.json", "evicted", "partial"})
 
 
 class Layout(StrEnum):

@@ -7,11 +7,16 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from surgeon.errors import StoreError
+from surgeon.store.abilities import locks_work
+from surgeon.store.lease_folder import LeaseFolder
+from surgeon.store.leases import LeaseTimes, lease
 
 
 @contextmanager
 def file_lock(path: Path, timeout_s: float | None = None) -> Iterator[None]:
     """Holds an exclusive lock which the kernel releases when the process ends, however it ends.
+
+    Where the file system has no locks, a lease stands for it.
 
     Args:
         path: lock file; created, and removed again where that is safe.
@@ -20,6 +25,10 @@ def file_lock(path: Path, timeout_s: float | None = None) -> Iterator[None]:
     Raises:
         StoreError: if the lock was not free in time.
     """
+    if not locks_work(path.parent):
+        with lease(LeaseFolder(path.parent), f"{path.name}.lease", timeout_s, LeaseTimes(asked_s=0.1)):
+            yield
+        return
     lock = FileLock(path)
     try:
         lock.acquire(timeout=-1 if timeout_s is None else timeout_s)

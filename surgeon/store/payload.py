@@ -7,6 +7,7 @@ any moment the object is either whole or evicted. Callers hold `Store.frozen`.
 from pathlib import Path
 
 from surgeon.store.files import remove_tree, sync, write_file
+from surgeon.store.moves import replace_part
 from surgeon.store.root import EVICTED_FILE, GROUP_FILE
 
 _FOREIGN = "taken in\n"
@@ -46,7 +47,7 @@ def restore_payload(directory: Path, staging: Path, trash: Path) -> None:
     _remove_arrays(directory, trash)
     for item in sorted(staging.iterdir()):
         if item.name != GROUP_FILE:
-            item.replace(directory / item.name)
+            replace_part(item, directory / item.name)
     sync(directory)
     (directory / EVICTED_FILE).unlink()
     sync(directory)
@@ -58,6 +59,6 @@ def _remove_arrays(directory: Path, trash: Path) -> None:
         return
     trash.mkdir(parents=True)
     for folder in folders:
-        folder.rename(trash / folder.name)
+        replace_part(folder, trash / folder.name)
     sync(directory)
     remove_tree(trash)

@@ -19,6 +19,7 @@ from surgeon.errors import CorruptObjectError, EvictedError
 from surgeon.store.arrays import BFloat16Array, Layout, ReadArray, StorableArray, summary
 from surgeon.store.files import walk_files
 from surgeon.store.keys import SCHEMA, canonical_json, digest_text
+from surgeon.store.moves import is_partial
 from surgeon.store.reference import Reference
 from surgeon.store.root import EVICTED_FILE, GROUP_FILE, RECORD_FILE
 from surgeon.store.symmetric import SymmetricMatrix
@@ -65,7 +66,7 @@ def read_reference(directory: Path, key: str) -> Reference | None:
         stored.pop("parameters")
         reference = Reference.from_json({**stored, "label": ""})
     except FileNotFoundError as error:
-        if not directory.exists():
+        if not directory.exists() or is_partial(directory):
             return None
         raise CorruptObjectError(f"The object {key} has no {GROUP_FILE} in {directory}.", key) from error
     except _DAMAGE as error:

@@ -11,11 +11,11 @@ from pathlib import Path
 from surgeon.errors import CorruptObjectError, EvictedError, NondeterminismError
 from surgeon.store.files import remove_tree, sync_tree, write_file
 from surgeon.store.keys import digest_sorted
+from surgeon.store.leases import LeaseTakenError, lease
 from surgeon.store.payload import is_foreign, write_foreign_marker
 from surgeon.store.reading import StoredObject, read_reference
 from surgeon.store.reference import Reference
 from surgeon.store.remote_bucket import Bucket
-from surgeon.store.remote_lease import LeaseTakenError, lease
 from surgeon.store.remote_objects import BucketObjects, Marker, lock_path, write_reference
 from surgeon.store.root import EVICTED_FILE
 from surgeon.store.store import Store

@@ -14,6 +14,7 @@ FORMAT = "surgeon-store"
 GROUP_FILE = "zarr.json"
 RECORD_FILE = "record.json"
 EVICTED_FILE = "evicted"
+PARTIAL_FILE = "partial"
 
 _FORMAT_FILE = "format.json"
 _FORMAT_DRAFT = ".format-"

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.errors import CorruptObjectError, NondeterminismError, StoreError
+from surgeon.store.abilities import explain
 from surgeon.store.arrays import StorableArray, checked_arrays
 from surgeon.store.files import is_full_disk, is_stale, remove_tree, sync, walk_files
 from surgeon.store.keys import canonical_json, digest_arrays, digest_sorted
 from surgeon.store.locks import file_lock
+from surgeon.store.moves import discard_tree, is_partial, move_tree
 from surgeon.store.payload import drop_payload, is_foreign, restore_payload
 from surgeon.store.reading import StoredObject, read_parameters, read_record, read_reference
 from surgeon.store.reference import Reference
@@ -58,6 +60,10 @@ class Store:
 
     def fetch(self, key: str) -> None:
         """Makes sure that what the store has of an object lies in its directory; here it always does."""
+
+    def limits(self) -> list[str]:
+        """One line for each thing that the file system cannot do, and what is done instead."""
+        return explain(self._paths.temporary)
 
     def quiet(self) -> "Store":
         """The same store for those who only look; it changes nothing in a bucket behind it."""
@@ -181,12 +187,10 @@ class Store:
                 existing = None
             if existing is not None and existing.digest != reference.digest and is_foreign(target):
                 # Only its reference came, from a machine that may round in another way; its arrays were never here.
-                trash = self.staging(reference.key)
-                target.rename(trash)
-                remove_tree(trash)
+                discard_tree(target, self.staging(reference.key))
                 existing = None
             if existing is None:
-                staging.rename(target)
+                move_tree(staging, target)
                 sync(target.parent)
                 sync(self._paths.objects)
                 return
@@ -214,9 +218,7 @@ class Store:
         with self.frozen(key):
             if not directory.exists():
                 raise self._unknown(key)
-            directory.rename(trash)
-            sync(directory.parent)
-        remove_tree(trash)
+            discard_tree(directory, trash)
 
     def lock(self, key: str, timeout_s: float | None = None) -> AbstractContextManager[None]:
         """Held while an object is computed, so that no two processes compute the same one.
@@ -286,7 +288,7 @@ class Store:
     def _is_whole(self, key: str) -> bool:
         """Whether an object's directory is there with its arrays."""
         directory = self._paths.object(key)
-        return directory.exists() and not (directory / EVICTED_FILE).exists()
+        return directory.exists() and not (directory / EVICTED_FILE).exists() and not is_partial(directory)
 
     def _existing(self, key: str) -> Reference:
         reference = self.lookup(key)
@@ -337,7 +339,7 @@ class Store:
         directory = self._paths.object(key)
         self._paths.corrupt.mkdir(exist_ok=True)
         target = self._paths.corrupt / f"{key}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
-        directory.rename(target)
+        move_tree(directory, target)
         sync(self._paths.corrupt)
         sync(directory.parent)
         return target

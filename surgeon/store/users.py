@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from surgeon.errors import StoreError
+from surgeon.store.abilities import locks_work
 from surgeon.store.files import temporary_name, write_file
 from surgeon.store.locks import file_lock
 from surgeon.store.root import StorePaths, open_root
@@ -45,14 +46,15 @@ class Presence:
         self._lock = FileLock(self._facts.with_suffix(".lock"), thread_local=False)
         with _gate(paths, on_wait):
             paths.users.mkdir(exist_ok=True)
-            self._lock.acquire()
+            if locks_work(paths.users):
+                self._lock.acquire()
             facts = {"pid": os.getpid(), "host": platform.node(), "command": command, "since": _now()}
             write_file(self._facts, json.dumps(facts) + "\n")
 
     def leave(self) -> None:
         """Gives the store free; a second call does nothing."""
+        self._facts.unlink(missing_ok=True)
         if self._lock.is_locked:
-            self._facts.unlink(missing_ok=True)
             Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
 
@@ -69,6 +71,11 @@ def alone(root: Path) -> Iterator[None]:
         StoreError: if one works with it already; the message says which.
     """
     paths = open_root(Path(root).absolute())
+    if not locks_work(paths.locks):
+        raise StoreError(
+            f"The file system of the store {root} has no file locks, so it cannot be told whether a process works with "
+            "it. Nothing was removed; clean it from a machine that has it on a file system with locks."
+        )
     with file_lock(paths.locks / _GATE, _CLEAN_PATIENCE_S):
         if users := live_users(root):
             names = "; ".join(

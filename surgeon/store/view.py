@@ -4,7 +4,6 @@ The view takes no space of its own and can be browsed with `zarr.open_group`. Sy
 vectors with the attributes `layout` and `n`.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -13,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.errors import StoreError
+from surgeon.store.abilities import NOT_SUPPORTED
 from surgeon.store.arrays import check_name
 from surgeon.store.files import is_stale, remove_tree, temporary_name, walk_files
 from surgeon.store.keys import SCHEMA, canonical_json, digest_text
-from surgeon.store.root import EVICTED_FILE, GROUP_FILE, RECORD_FILE
+from surgeon.store.moves import discard_tree, move_tree, rename_tree
+from surgeon.store.root import EVICTED_FILE, GROUP_FILE, PARTIAL_FILE, RECORD_FILE
 from surgeon.store.store import Store
 
 VIEW_FORMAT = "surgeon-view"
-
-_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
-"""Linking is impossible between file systems, on some file systems, and for files with too many links."""
 
 
 def build_view(store: Store, entries: Mapping[str, str], destination: Path) -> None:
@@ -63,7 +61,8 @@ def build_view(store: Store, entries: Mapping[str, str], destination: Path) -> N
 
 
 def _require_replaceable(destination: Path) -> None:
-    if destination.exists() and _read_attributes(destination).get("format") != VIEW_FORMAT:
+    is_half_copied = (destination / PARTIAL_FILE).exists()
+    if destination.exists() and not is_half_copied and _read_attributes(destination).get("format") != VIEW_FORMAT:
         raise StoreError(f"{destination} exists and is no view, so it is not replaced. Move it aside.")
 
 
@@ -132,17 +131,20 @@ def link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError as error:
-        if error.errno not in _NO_LINK:
+        if error.errno not in NOT_SUPPORTED:
             raise
         shutil.copyfile(source, target)
 
 
 def _swap(draft: Path, destination: Path) -> None:
     if not destination.exists():
-        draft.rename(destination)
+        move_tree(draft, destination)
         return
     old = destination.with_name(temporary_name(f".{destination.name}"))
-    destination.rename(old)
+    if not rename_tree(destination, old):
+        discard_tree(destination, old)
+        move_tree(draft, destination)
+        return
     try:
         draft.rename(destination)
     except OSError:

@@ -10,6 +10,8 @@ from typing import Any
 
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import LocalStore
 
 import surgeon
 from surgeon.store.arrays import StorableArray, chunk_shape, describe_array, stored_attributes, stored_form
@@ -61,8 +63,20 @@ def write_object(
     return complete
 
 
+class _PrivateDirectory(LocalStore):
+    """A directory that one process writes to.
+
+    Zarr makes files that must be new by hard links, which not every file system has; here nobody else makes any.
+    """
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        """Writes a file unless it is there."""
+        if not await self.exists(key):
+            await self.set(key, value)
+
+
 def _write_arrays(directory: Path, arrays: Mapping[str, StorableArray]) -> None:
-    group = zarr.create_group(directory, zarr_format=3)
+    group = zarr.create_group(_PrivateDirectory(directory), zarr_format=3)
     folders = {"/".join(name.split("/")[:depth]) for name in arrays for depth in range(1, name.count("/") + 1)}
     for folder in sorted(folders):
         group.create_group(folder)

@@ -11,8 +11,8 @@ from obstore.store import MemoryStore
 
 from surgeon.errors import CorruptObjectError, EvictedError, NondeterminismError, StoreError
 from surgeon.store import PlannedStore, Store, SymmetricMatrix, build_view, digest_text
+from surgeon.store.leases import LeaseTimes, lease
 from surgeon.store.remote_bucket import Bucket
-from surgeon.store.remote_lease import LeaseTimes, lease
 from surgeon.store.remote_store import RemoteStore
 
 KEY = digest_text("one object")

@@ -11,8 +11,8 @@ import pytest
 
 from surgeon.errors import BucketError, CorruptObjectError, StoreError
 from surgeon.store import Store, StorePlace, digest_text, remote_address
+from surgeon.store.leases import LeaseTimes, lease
 from surgeon.store.remote_bucket import connected, open_bucket
-from surgeon.store.remote_lease import LeaseTimes, lease
 from tests.surgeon.store.buckets import BUCKET, client, files, s3_server, variables
 
 KEY = digest_text("one object")
@@ -30,7 +30,7 @@ print(store.commit(sys.argv[3], "test", arrays, {}).digest)
 HOLD = """
 import sys, time
 from surgeon.store.remote_bucket import connected
-from surgeon.store.remote_lease import LeaseTimes, lease
+from surgeon.store.leases import LeaseTimes, lease
 with lease(connected(sys.argv[1]), "locks/x.json", times=LeaseTimes(0.1, 2.0, 0.05)):
     print("held", flush=True)
     time.sleep(60)

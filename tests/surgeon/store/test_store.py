@@ -510,7 +510,7 @@ class TestEviction:
                 store.evict(KEY)
         assert store.lookup(KEY) == reference and not store.has_payload(KEY)
         with monkeypatch.context() as patch:
-            _fail_after(patch, "replace", n_done)
+            _fail_after(patch, "rename", n_done)
             with pytest.raises(KeyboardInterrupt):
                 _commit(store)
         assert store.lookup(KEY) == reference and not store.has_payload(KEY)

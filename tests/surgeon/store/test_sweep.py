@@ -63,7 +63,7 @@ def test_killed_half_way_the_store_is_valid(store: Store) -> None:
     code = """
 import os, signal, sys
 from pathlib import Path
-import surgeon.store.store as module
+import surgeon.store.moves as module
 from surgeon.store import Store, sweep
 root, *keys = sys.argv[1:]
 remove_tree, n = module.remove_tree, 0

@@ -1,4 +1,4 @@
-"""Locks between machines: a file in the bucket that its holder writes anew every few seconds.
+"""Locks where the kernel has none: a file, in a bucket or a directory, that its holder writes anew every few seconds.
 
 A waiter takes a lease over when the file has not changed for a while by the waiter's own clock, so clocks of machines
 are never compared. Should the holder be alive after all (its machine was asleep), two compute the same object: a lease
@@ -9,14 +9,13 @@ import json
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from surgeon.errors import BucketError, StoreError
 from surgeon.store.files import is_stale, temporary_name
-from surgeon.store.remote_bucket import Bucket
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,35 @@ class LeaseTimes:
 TIMES = LeaseTimes()
 
 
+class LeaseFiles(Protocol):
+    """Small files that can be written on a condition; a bucket is one."""
+
+    @property
+    def url(self) -> str:
+        """Where they are, for messages."""
+
+    def get_tagged(self, path: str) -> tuple[bytes, str] | None:
+        """Content of a file and a tag that differs between contents; None if there is none."""
+
+    def tag(self, path: str) -> str | None:
+        """Tag of a file; None if there is none."""
+
+    def create(self, path: str, content: bytes) -> str | None:
+        """Writes a file that is not there yet; its tag, or None if there is one."""
+
+    def replace(self, path: str, content: bytes, tag: str) -> str | None:
+        """Writes a file over one with this tag; the new tag, or None if there is no such file any more."""
+
+    def delete(self, paths: Sequence[str]) -> None:
+        """Removes files, those that are there."""
+
+
 @contextmanager
-def lease(bucket: Bucket, path: str, timeout_s: float | None = None, times: LeaseTimes = TIMES) -> Iterator[None]:
+def lease(files: LeaseFiles, path: str, timeout_s: float | None = None, times: LeaseTimes = TIMES) -> Iterator[None]:
     """Holds a lease, and renews it from a thread of its own.
 
     Args:
-        bucket: where the file lies.
+        files: where the file lies.
         path: of the file.
         timeout_s: how long to wait; None waits as long as it takes.
         times: how often things happen.
@@ -51,7 +73,7 @@ def lease(bucket: Bucket, path: str, timeout_s: float | None = None, times: Leas
         LeaseTakenError: it was not free in time.
         BucketError: the bucket does not answer.
     """
-    held = _Held(bucket, path, times)
+    held = _Held(files, path, times)
     held.acquire(timeout_s)
     thread = threading.Thread(target=held.renew, name=f"lease {path}", daemon=True)
     thread.start()
@@ -70,8 +92,8 @@ class LeaseTakenError(StoreError):
 class _Held:
     """The lease of this process."""
 
-    def __init__(self, bucket: Bucket, path: str, times: LeaseTimes) -> None:
-        self._bucket, self._path, self._times = bucket, path, times
+    def __init__(self, files: LeaseFiles, path: str, times: LeaseTimes) -> None:
+        self._files, self._path, self._times = files, path, times
         self._holder = temporary_name("lease")
         self._beat = 0
         self._tag: str | None = None
@@ -83,22 +105,22 @@ class _Held:
         seen: str | None = None
         since = begun
         while True:
-            self._tag = self._bucket.create(self._path, self._content())
+            self._tag = self._files.create(self._path, self._content())
             if self._tag is not None:
                 return
-            found = self._bucket.get_tagged(self._path)
+            found = self._files.get_tagged(self._path)
             now = time.monotonic()
             if found is not None:
                 content, tag = found
                 if tag != seen:
                     seen, since = tag, now
                 if now - since >= self._times.lost_s or is_stale(_holder_of(content)):
-                    self._tag = self._bucket.replace(self._path, self._content(), tag)
+                    self._tag = self._files.replace(self._path, self._content(), tag)
                     if self._tag is not None:
                         return
             if timeout_s is not None and now - begun >= timeout_s:
                 raise LeaseTakenError(
-                    f"The lease {self._path} in {self._bucket.url} was not free within {timeout_s} s: another process "
+                    f"The lease {self._path} in {self._files.url} was not free within {timeout_s} s: another process "
                     "is working on the same object. Wait for it; the lease of an ended process is free after "
                     f"{self._times.lost_s:g} s."
                 )
@@ -109,15 +131,15 @@ class _Held:
         while self._tag is not None and not self.stop.wait(self._times.renewed_s):
             self._beat += 1
             try:
-                self._tag = self._bucket.replace(self._path, self._content(), self._tag)
+                self._tag = self._files.replace(self._path, self._content(), self._tag)
             except BucketError:
                 continue  # the next sign of life may come through; without any, another takes over
 
     def release(self) -> None:
         """Removes the file, if it is still this process's."""
         try:
-            if self._tag is not None and self._bucket.tag(self._path) == self._tag:
-                self._bucket.delete([self._path])
+            if self._tag is not None and self._files.tag(self._path) == self._tag:
+                self._files.delete([self._path])
         except BucketError:
             return  # what was done under the lease is done; others see it as lost
 
