@@ -30,7 +30,8 @@ def open_session(root: Path, params: Params, quiet: bool) -> Iterator[Session]:
     with Display(quiet) as display:
         pool = open_pool(params.run)
         engine = PrefectEngine(root, display, pool) if params.run.engine == "prefect" else InlineEngine(display, pool)
-        session = Session(params, Workspace(root, params.run.store), engine, display.say, display.warn)
+        workspace = Workspace(root, params.run.store, params.run.cache)
+        session = Session(params, workspace, engine, display.say, display.warn)
         try:
             with _threads(threads_of(params.run)):
                 yield session

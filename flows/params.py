@@ -101,6 +101,7 @@ class RunParams(Section):
     memory_gib: Annotated[Number, Field(gt=0)] | None = None
     keep: Keep = Keep.LAST
     store: Word | None = None
+    cache: Word | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -136,7 +136,7 @@ class Session:
         run = self.params.run
         device = self.device
         _ = self.presence
-        Store(self.workspace.store).clear_stale_tmp()
+        self.workspace.store.open().clear_stale_tmp()
         refill(self.workspace, self.say)
         return Context(
             store=self.workspace.store,
@@ -150,12 +150,12 @@ class Session:
     @cached_property
     def store(self) -> Store:
         """The store of the run."""
-        return Store(self.context.store)
+        return self.context.store.open()
 
     @cached_property
     def presence(self) -> Presence:
         """Keeps `surgeon clean` off the store for as long as the session lives."""
-        return Presence(self.workspace.store, " ".join(["surgeon", *sys.argv[1:]])[:_COMMAND_LENGTH], self.say)
+        return Presence(self.workspace.store.root, " ".join(["surgeon", *sys.argv[1:]])[:_COMMAND_LENGTH], self.say)
 
     def close(self) -> None:
         """Gives the store free, if it was used."""
@@ -164,7 +164,7 @@ class Session:
 
     def register(self) -> None:
         """Writes into the store that the workspace names results in it, so that `surgeon clean` asks it."""
-        register(self.workspace.store, self.workspace.home)
+        register(self.workspace.store.root, self.workspace.home)
 
     @property
     def dense(self) -> ModelState:
@@ -228,7 +228,6 @@ class Session:
         require_separate(self.sequence_spec().text, self.window_spec().text)
         if is_pruned:
             check_pruning(self)
-        self.workspace.store.mkdir(parents=True, exist_ok=True)
         _ = self.context
 
     def stage(self, name: str, body: Callable[[], T], repair: Callable[[], object] = lambda: None) -> T:

@@ -33,6 +33,10 @@ class StoreError(InputError):
     """A store cannot be used: another version, no space, not a store."""
 
 
+class BucketError(StoreError):
+    """A bucket does not answer, or refuses what is asked of it."""
+
+
 class CorruptObjectError(SurgeonError):
     """A stored object does not hold what was committed (missing chunk, flipped bit, wrong shape).
 

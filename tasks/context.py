@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from surgeon.models import BlockCouplings, Checkpoint, build_skeleton, count_parameters, discover
 from surgeon.passes.groups import block_groups
-from surgeon.store import Reference
+from surgeon.store import Reference, StorePlace
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ class Context:
     """Where results go and how work is executed.
 
     Attributes:
-        store: directory of the store.
+        store: where it is.
         model: the model.
         device: "cpu" or "cuda".
         batch_size: sequences at a time; it changes the last bits of results and so is part of their keys.
@@ -139,7 +138,7 @@ class Context:
             part of keys. None is as many as the machine has.
     """
 
-    store: Path
+    store: StorePlace
     model: ModelSpec
     device: str
     batch_size: int

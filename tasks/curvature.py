@@ -154,7 +154,7 @@ def find_statistic(
 ) -> Reference | None:
     """The reference of a statistic that was computed once, whether or not its arrays are still there."""
     request = statistic_request(context, measured, statistic, block, store)
-    return None if request is None else (store or Store(context.store)).lookup(request.key(context))
+    return None if request is None else (store or context.store.open()).lookup(request.key(context))
 
 
 def _request(
@@ -186,7 +186,7 @@ def read_statistics(
     Yields:
         Name and statistics, in the order given. What linears have in common is read once and is one tensor.
     """
-    store = Store(context.store)
+    store = context.store.open()
     stored = {statistic: _Tensors(store.open(ref.key), context.device) for statistic, ref in references.items()}
     for name in linears:
         yield name, _linear_factors(stored, name)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgeon.curvature.spec import Statistic
-from surgeon.store import BFloat16Array, Reference, Store, StoredObject, SymmetricMatrix
+from surgeon.store import BFloat16Array, Reference, StoredObject, SymmetricMatrix
 from tasks.context import Context
 from tasks.curvature import Measured, statistic_request
 from tasks.stage import Outcome, Product, Request, produce_all
@@ -44,7 +44,7 @@ def reduction_task(
 
 
 def _reduced(context: Context, measured: Measured, block: int, statistic: Statistic) -> Product:
-    store = Store(context.store)
+    store = context.store.open()
     opened = []
     for part in measured.parts(measured.calibration.attributes["n_sequences"]):
         request = statistic_request(context, part, statistic, block)

@@ -5,13 +5,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from surgeon.peak import peak_gib, reset_peak
-from surgeon.store import Reference, Store, stage_key
+from surgeon.store import Reference, Store, StorePlace, stage_key
 
 T = TypeVar("T")
 P = TypeVar("P")
@@ -21,8 +20,8 @@ class Site(Protocol):
     """Where a result goes, and what every key holds; a `Context` is one."""
 
     @property
-    def store(self) -> Path:
-        """Directory of the store."""
+    def store(self) -> StorePlace:
+        """Where the store is."""
 
     @property
     def device(self) -> str:
@@ -166,7 +165,7 @@ def produce_all(
     Returns:
         References in the order of the requests.
     """
-    store = store or Store(context.store)
+    store = store or context.store.open()
     keys = {name: request.key(context) for name, request in requests.items()}
     found = {name: readable(store, key) for name, key in keys.items()}
     start = time.perf_counter()
@@ -190,7 +189,7 @@ def commit(
     context: Site, request: Request, product: Product, start: float, store: Store | None = None
 ) -> Outcome[Reference]:
     """Commits a computed result; ``start`` is what `begin` returned before it was computed."""
-    reference = (store or Store(context.store)).commit(
+    reference = (store or context.store.open()).commit(
         request.key(context),
         request.stage.kind,
         product.arrays,
@@ -205,5 +204,5 @@ def commit(
 
 def read_arrays(context: Site, key: str) -> dict[str, "np.ndarray[Any, Any]"]:
     """All arrays of a stored object, checked."""
-    stored = Store(context.store).open(key)
+    stored = context.store.open().open(key)
     return {name: stored.array(name) for name in stored.names()}

@@ -16,7 +16,7 @@ from surgeon.pruning.selection import weights_that_stay
 from surgeon.pruning.sequential import update_sequentially
 from surgeon.pruning.structure_update import update_structures
 from surgeon.pruning.weight_update import UpdateResult, update_weights
-from surgeon.store import Reference, Store
+from surgeon.store import Reference
 from tasks.context import Context
 from tasks.costs import LIVE_SOURCES, BlockWork, damping_parameters
 from tasks.curvature import read_statistics
@@ -126,7 +126,7 @@ def _weights(
 ) -> dict[str, UpdateResult]:
     assert removal.mask is not None and removal.costs is not None, "weights go by a mask made from their costs"
     cuts = block_cuts(context, work.block, removal.mask)
-    costs = Store(context.store).open(removal.costs.key)
+    costs = context.store.open().open(removal.costs.key)
     results = {}
     for name, factors in read_statistics(context, work.statistics, list(linears)):
         where, recipe = f"block {work.block}, {name}", work.recipe
