@@ -7,10 +7,14 @@ from pathlib import Path
 from flows.display import Display
 from flows.engine import InlineEngine
 from flows.params import Params, load_params
+from flows.prefect_artifacts import RunArtifacts
 from flows.prefect_engine import PrefectEngine
+from flows.prefect_runs import is_within_a_run
+from flows.prefect_server import has_server
 from flows.project import parameter_file
 from flows.session import Session
 from flows.workspace import Workspace
+from tasks.progress import set_reporter
 
 
 def with_engine(overrides: Sequence[str] | None, engine: str | None) -> list[str]:
@@ -20,15 +24,29 @@ def with_engine(overrides: Sequence[str] | None, engine: str | None) -> list[str
 
 @contextmanager
 def open_session(root: Path, params: Params, quiet: bool) -> Iterator[Session]:
-    """A session in a project directory, with its progress on the terminal."""
+    """A session in a project directory, with its progress on the terminal, and on a Prefect server if there is one."""
     root = root.resolve()
     with Display(quiet) as display:
-        engine = PrefectEngine(root, display) if params.run.engine == "prefect" else InlineEngine(display)
-        session = Session(params, Workspace(root, params.run.store), engine, display.say, display.warn)
+        shown = _shown(params, display)
+        engine = PrefectEngine(root, shown) if params.run.engine == "prefect" else InlineEngine(shown)
+        session = Session(params, Workspace(root, params.run.store), engine, shown.say, shown.warn)
         try:
             yield session
         finally:
             session.close()
+        shown.finished()
+
+
+def _shown(params: Params, display: Display) -> Display | RunArtifacts:
+    """What shows how far the run is.
+
+    A server that lives no longer than the run gets no artifacts: nobody sees them, and the report says the same.
+    """
+    if not is_within_a_run() and not (params.run.engine == "prefect" and has_server()):
+        return display
+    artifacts = RunArtifacts(display)
+    set_reporter(artifacts)
+    return artifacts
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import psutil
 
 from flows.engine import Engine, TaskObserver
-from flows.prefect_runs import mark_crashed_runs, owned_by_this_process
+from flows.prefect_runs import is_within_a_run, mark_crashed_runs, owned_by_this_process
+from flows.prefect_server import require_server
 from tasks.stage import Outcome, WorkLeftError, only_looking
 
 T = TypeVar("T")
@@ -71,7 +72,7 @@ def _as_prefect_task(body: Callable[..., Outcome[Any]]) -> Any:
 
 
 class PrefectEngine(Engine):
-    """Runs stages and tasks under Prefect, in this process."""
+    """Runs stages and tasks under Prefect, in this process; within a flow run, as parts of that one."""
 
     name = "prefect"
 
@@ -79,13 +80,19 @@ class PrefectEngine(Engine):
         super().__init__(observer)
         self._root = root
         self._only_looks = False
-        configure(root)
-        end_orphaned_servers()
+        if not is_within_a_run():
+            configure(root)
+            end_orphaned_servers()
+            require_server()
 
     def _run_stage(self, name: str, body: Callable[[], T]) -> T:
         if self._only_looks:
             return body()
         is_first = len(self._stages) == 1
+        if is_first and is_within_a_run():  # a deployment's, which is the flow of this stage
+            with owned_by_this_process(self._root):
+                mark_crashed_runs(self._root)
+                return body()
         if is_first and not os.environ.get("PREFECT_API_URL"):
             with suppress(WorkLeftError):
                 return self._look(body)

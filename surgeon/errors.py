@@ -33,6 +33,10 @@ class StoreError(InputError):
     """A store cannot be used: another version, no space, not a store."""
 
 
+class ServerError(InputError):
+    """A server that is to show and record the run does not answer, or cannot be used."""
+
+
 class CorruptObjectError(SurgeonError):
     """A stored object does not hold what was committed (missing chunk, flipped bit, wrong shape).
 
