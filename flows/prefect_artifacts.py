@@ -36,7 +36,7 @@ class RunArtifacts(TaskObserver):
         self._is_within_a_run = is_within_a_run()
         self._client: SyncPrefectClient | None = None
         self._flow_run: UUID | None = None
-        self._progress: UUID | None = None
+        self._written: dict[str, UUID] = {}
         self._stage = ""
         self._planned = 0
         self._done = 0
@@ -73,7 +73,9 @@ class RunArtifacts(TaskObserver):
         if self._client is None:
             context = FlowRunContext.get()
             self._flow_run = context.flow_run.id if context and context.flow_run else None
-            self._client = get_client(sync_client=True)
+            # Settings of its own make it another client than that of the flow, which is closed when the flow ends.
+            self._client = get_client(sync_client=True, httpx_settings={})
+            self._written = self._find_written()
         self._send_progress(at_once=True)
 
     def task_started(self, name: str) -> None:
@@ -104,9 +106,9 @@ class RunArtifacts(TaskObserver):
         """Sends a table or a text."""
         self._display.found(finding)
         if finding.rows:
-            self._create("table", finding.name, finding.title, json.dumps([dict(row) for row in finding.rows]))
+            self._write("table", finding.name, finding.title, json.dumps([dict(row) for row in finding.rows]))
         else:
-            self._create("markdown", finding.name, finding.title, finding.text)
+            self._write("markdown", finding.name, finding.title, finding.text)
 
     def finished(self) -> None:
         """The run has come to its end."""
@@ -114,18 +116,13 @@ class RunArtifacts(TaskObserver):
         self._send_progress(at_once=True)
 
     def _send_progress(self, *, at_once: bool = False) -> None:
-        from prefect.client.schemas.actions import ArtifactUpdate
-
         with self._lock:
             now = time.perf_counter()
             if self._client is None or not (at_once or now - self._last >= _EVERY_S):
                 return
             self._last = now
             percent, text = round(100.0 * self._display.fraction, 1), self._describe()
-            if self._progress is None:
-                self._progress = self._create("progress", "progress", text, percent)
-            else:
-                self._client.update_artifact(self._progress, ArtifactUpdate(data=percent, description=text))
+            self._write("progress", "progress", text, percent)
 
     def _describe(self) -> str:
         planned = f" of {self._planned}" if self._planned else ""
@@ -138,15 +135,28 @@ class RunArtifacts(TaskObserver):
         ]
         return ", ".join(part for part in parts if part)
 
-    def _create(self, kind: str, name: str, title: str, data: str | float) -> UUID | None:
-        from prefect.client.schemas.actions import ArtifactCreate
+    def _write(self, kind: str, name: str, title: str, data: str | float) -> None:
+        """Makes an artifact, or changes it if the run has it already."""
+        from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 
         if self._client is None:
-            return None
-        made = self._client.create_artifact(
-            ArtifactCreate(key=f"{_PREFIX}{name}", type=kind, description=title, data=data, flow_run_id=self._flow_run)
-        )
-        return made.id
+            return
+        key = f"{_PREFIX}{name}"
+        if key in self._written:
+            self._client.update_artifact(self._written[key], ArtifactUpdate(data=data, description=title))
+        else:
+            new = ArtifactCreate(key=key, type=kind, description=title, data=data, flow_run_id=self._flow_run)
+            self._written[key] = self._client.create_artifact(new).id
+
+    def _find_written(self) -> dict[str, UUID]:
+        """Artifacts that an earlier execution of the same run has made, by key."""
+        from prefect.client.schemas.filters import ArtifactFilter
+
+        assert self._client is not None
+        if self._flow_run is None:
+            return {}
+        of_run = ArtifactFilter.model_validate({"flow_run_id": {"any_": [self._flow_run]}})
+        return {found.key: found.id for found in self._client.read_artifacts(artifact_filter=of_run) if found.key}
 
     def _logger(self) -> Any:
         from prefect.logging import get_run_logger

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from prefect import State, flow
+from prefect import State, flow, runtime
 from prefect.states import Completed, Failed
 
 from flows.params import Params, check_params
@@ -23,6 +23,8 @@ FormParams = Annotated[Params, FormSchema()]
 
 REFUSED = "Refused"
 """Name of the state that a run ends in whose parameters, model or text cannot work."""
+MOST_EXECUTIONS = 10
+"""How often one run is executed: whatever kills it every time (memory, say) must not do so for ever."""
 
 
 # Prefect's own check of parameters ends in a message that says neither what is allowed nor what to try.
@@ -166,6 +168,12 @@ def compare(
 
 def _outcome(work: Callable[[], str]) -> State[Any]:
     """Runs a job; what was raised on purpose becomes a state with one message, and no traceback."""
+    executions = runtime.flow_run.run_count
+    if executions > MOST_EXECUTIONS:
+        return Failed(
+            message=f"this run was executed {MOST_EXECUTIONS} times and killed each time; look into the log of the "
+            "worker's machine (memory, disk), and start another run: it goes on from what is in the store"
+        )
     try:
         return Completed(message=work())
     except InputError as error:

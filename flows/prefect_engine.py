@@ -117,6 +117,7 @@ class PrefectEngine(Engine):
 
     def _run_flow(self, name: str, body: Callable[[], T], is_first: bool) -> T:
         from prefect import flow
+        from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
         def marked() -> T:
             if is_first:
@@ -124,7 +125,10 @@ class PrefectEngine(Engine):
             return body()
 
         run = flow(marked, name=f"surgeon-{name}", persist_result=False, validate_parameters=False)
-        with owned_by_this_process(self._root) if is_first else nullcontext():
+        # The end of a flow waits up to a second for its heartbeat. A killed command is told by its process instead, and
+        # a deployment's stages by the run that they belong to, which has a heartbeat.
+        silent = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
+        with silent, owned_by_this_process(self._root) if is_first else nullcontext():
             result: T = run()
         return result
 
