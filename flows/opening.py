@@ -4,15 +4,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
+from flows.dask_pool import DaskPool
 from flows.display import Display
 from flows.engine import InlineEngine
-from flows.params import Params, load_params
+from flows.params import Params, RunParams, load_params
+from flows.pool import Pool, ProcessPool, Runner, ThreadPool
 from flows.prefect_artifacts import RunArtifacts
 from flows.prefect_engine import PrefectEngine
 from flows.prefect_runs import is_within_a_run
 from flows.prefect_server import has_server
 from flows.project import parameter_file
-from flows.session import Session
+from flows.ray_pool import RayPool
+from flows.session import Session, threads_of
 from flows.workspace import Workspace
 from tasks.progress import set_reporter
 
@@ -28,11 +33,14 @@ def open_session(root: Path, params: Params, quiet: bool) -> Iterator[Session]:
     root = root.resolve()
     with Display(quiet) as display:
         shown = _shown(params, display)
-        engine = PrefectEngine(root, shown) if params.run.engine == "prefect" else InlineEngine(shown)
+        pool = open_pool(params.run)
+        engine = PrefectEngine(root, shown, pool) if params.run.engine == "prefect" else InlineEngine(shown, pool)
         session = Session(params, Workspace(root, params.run.store), engine, shown.say, shown.warn)
         try:
-            yield session
+            with _threads(threads_of(params.run)):
+                yield session
         finally:
+            engine.close()
             session.close()
         shown.finished()
 
@@ -47,6 +55,34 @@ def _shown(params: Params, display: Display) -> Display | RunArtifacts:
     artifacts = RunArtifacts(display)
     set_reporter(artifacts)
     return artifacts
+
+
+def open_pool(run: RunParams) -> Pool | None:
+    """The workers that parameters ask for; they are started when the first task needs them.
+
+    Raises:
+        ClusterError: a cluster does not answer, or what it takes is not installed.
+    """
+    threads = threads_of(run) or torch.get_num_threads()
+    if run.runner is Runner.DASK:
+        return DaskPool(run.workers, threads, run.cluster)
+    if run.runner is Runner.RAY:
+        return RayPool(run.workers, threads, run.cluster)
+    if run.runner is Runner.PROCESSES:
+        return ProcessPool(run.workers, threads)
+    return ThreadPool(run.workers, threads) if run.workers > 1 else None
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """Sets the number of threads that torch uses in this process."""
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
