@@ -69,7 +69,8 @@ def _sections(
 
 
 def _name_limits(schema: dict[str, Any]) -> None:
-    for choice in (schema, *schema.get("anyOf", ()), *([schema["items"]] if "items" in schema else ())):
-        for name, proper in _LIMITS.items():
-            if name in choice:
-                choice[proper] = choice.pop(name)
+    for name, proper in _LIMITS.items():
+        if name in schema:
+            schema[proper] = schema.pop(name)
+    for inner in (*schema.get("anyOf", ()), *([schema["items"]] if "items" in schema else ())):
+        _name_limits(inner)
