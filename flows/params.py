@@ -4,10 +4,11 @@ A section is a stage and a sub-command of the same name; `run` holds what change
 finds. Values are checked here once, so that the code behind can rely on them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, StrictBool, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -166,7 +167,24 @@ def load_params(path: Path | None, overrides: Sequence[str] = ()) -> Params:
         ParameterError: The file cannot be read, or anything in it or in an override is wrong; lists all problems.
     """
     tree = {} if path is None else read_yaml(path)
-    where = "defaults" if path is None else str(path)
+    return check_params(tree, "defaults" if path is None else str(path), overrides)
+
+
+def check_params(tree: Mapping[Any, Any], where: str, overrides: Sequence[str] = ()) -> Params:
+    """Checks parameters that were read from somewhere.
+
+    Args:
+        tree: Sections; what they leave out has its default.
+        where: What they were read from, for messages.
+        overrides: `section.key=value` each, which win.
+
+    Returns:
+        The checked parameters.
+
+    Raises:
+        ParameterError: Anything in them is wrong; lists all problems.
+    """
+    tree = deepcopy(dict(tree))
     problems: list[str] = []
     keys: dict[str, tuple[str, ...]] = {}
     for override in overrides:

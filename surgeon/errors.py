@@ -37,6 +37,10 @@ class BucketError(StoreError):
     """A bucket does not answer, or refuses what is asked of it."""
 
 
+class ServerError(InputError):
+    """A server that is to show and record the run does not answer, or cannot be used."""
+
+
 class CorruptObjectError(SurgeonError):
     """A stored object does not hold what was committed (missing chunk, flipped bit, wrong shape).
 
