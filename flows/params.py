@@ -18,7 +18,7 @@ from flows.params_recovery import RecoveryParams
 from flows.params_section import Integer, Number, Positive, Section, Word
 from flows.params_text import TextParams
 from flows.params_yaml import apply_override, read_yaml
-from surgeon.choices import Device, Dtype, ExportLayout, Keep, SequenceOrder
+from surgeon.choices import Device, Dtype, ExportLayout, Keep, Precision, SequenceOrder
 from surgeon.errors import ParameterError
 
 
@@ -90,7 +90,8 @@ class RunParams(Section):
 
     engine: EngineName = EngineName.PREFECT
     device: Device = Device.AUTO
-    batch_size: Positive = 4
+    precision: Precision = Precision.FLOAT32
+    batch_size: Positive | None = None
     blocks_per_group: Positive | None = None
     memory_gib: Annotated[Number, Field(gt=0)] | None = None
     keep: Keep = Keep.LAST
@@ -103,6 +104,10 @@ class RunParams(Section):
                 "no_effect",
                 "memory_gib has no effect when blocks_per_group is given, because it only chooses blocks_per_group; "
                 "set one of them to null",
+            )
+        if self.precision is Precision.TF32 and self.device is Device.CPU:
+            raise PydanticCustomError(
+                "no_effect", "precision tf32 has no effect on a CPU, only on a CUDA device; use float32"
             )
         return self
 
@@ -123,6 +128,13 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.run.precision is Precision.TF32 and self.model.dtype is not Dtype.FLOAT32:
+            raise PydanticCustomError(
+                "no_effect",
+                "run.precision tf32 has no effect with model.dtype {dtype}, whose products are of that dtype; set "
+                "run.precision to float32, or model.dtype to float32",
+                {"dtype": self.model.dtype.value},
+            )
         calibrate, evaluate, recovery = self.calibrate.text, self.evaluate.text, self.recovery.text
         if recovery is not None and (recovery.source, recovery.split) == (evaluate.source, evaluate.split):
             raise PydanticCustomError(

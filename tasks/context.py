@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from surgeon.choices import Precision
+from surgeon.devices import place_of
 from surgeon.models import BlockCouplings, Checkpoint, build_skeleton, count_parameters, discover
 from surgeon.passes.groups import block_groups
 from surgeon.store import Reference
@@ -135,6 +137,7 @@ class Context:
         device: "cpu" or "cuda".
         batch_size: sequences at a time; it changes the last bits of results and so is part of their keys.
         blocks_per_group: blocks held in memory at a time; does not change results.
+        precision: of products of float32 matrices in passes on a GPU.
     """
 
     store: Path
@@ -142,11 +145,17 @@ class Context:
     device: str
     batch_size: int
     blocks_per_group: int
+    precision: Precision = Precision.FLOAT32
 
     @property
     def dtype(self) -> str:
-        """Of the model: what results are computed in."""
-        return self.model.dtype
+        """What passes compute in: the dtype of the model, or "tf32" for float32 with products of TensorFloat-32."""
+        return self.precision.value if self.precision is Precision.TF32 else self.model.dtype
+
+    @property
+    def place(self) -> str:
+        """The device itself: "cpu", or the GPU that this process has claimed, such as "cuda:1"."""
+        return place_of(self.device)
 
     @property
     def groups(self) -> list[range]:

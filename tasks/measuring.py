@@ -18,7 +18,8 @@ from surgeon.curvature.weight_moments import DiagonalObserver, LossGradientObser
 from surgeon.passes.blockwise import BlockwiseModel
 from surgeon.passes.curvature import FloatArray, GroupPass, curvature_group, forward_group, observed_block
 from surgeon.passes.targets import TokenTargets
-from surgeon.store import Reference, SymmetricMatrix
+from surgeon.store import Reference
+from surgeon.transfer import symmetric_to_host, to_host
 from tasks.context import Context
 from tasks.curvature import GRADIENT, Measured, boundary_request, gradient_request, statistic_request
 from tasks.progress import report
@@ -104,7 +105,8 @@ def curvature_task(context: Context, measured: Measured, work: GroupWork) -> Out
         return makers
 
     requests = curvature_requests(context, measured, work)
-    return produce_all(context, requests, group_lock(context, measured, work.group), compute)
+    lock = group_lock(context, measured, work.group)
+    return produce_all(context, requests, lock, compute, urgent=[(work.group.start, GRADIENT.kind)])
 
 
 def group_lock(context: Context, measured: Measured, group: range) -> str:
@@ -177,5 +179,4 @@ def _input_product(factors: InputFactors) -> Product:
 
 
 def _stored(tensor: Tensor, symmetric: bool) -> Any:
-    array = tensor.cpu().numpy()
-    return SymmetricMatrix.from_full(array) if symmetric else array
+    return symmetric_to_host(tensor) if symmetric else to_host(tensor)

@@ -171,6 +171,14 @@ class StoredObject:
             raise TypeError(f"{name!r} of {self.reference.describe()} is bfloat16; read it with [{name!r}].bits.")
         return read
 
+    def as_stored(self, name: str) -> StorableArray:
+        """Reads an array in the form it was committed in: of a symmetric matrix the triangle.
+
+        Raises:
+            KeyError, CorruptObjectError, EvictedError: as `self[name]`.
+        """
+        return self._read(name)
+
     def stored_arrays(self) -> Iterator[tuple[str, StorableArray]]:
         """Reads all arrays in the form they were committed in, one at a time, sorted by name."""
         for name in self._infos:
