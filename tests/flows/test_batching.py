@@ -10,7 +10,9 @@ import torch
 
 from flows.batching import ENOUGH_TOKENS, largest_batch
 from flows.engine import InlineEngine
+from flows.needs import require_memory
 from flows.params import Params, load_params
+from flows.planning import outline_run
 from flows.session import Session
 from flows.stages import run_all
 from flows.workspace import Workspace
@@ -178,6 +180,29 @@ def test_on_a_gpu_its_free_memory_counts(
     assert (tight.batch_size, tight.context.blocks_per_group) == (1, 1)
     with pytest.raises(ParameterError, match=r"run\.memory_gib: one block at a time needs about"):
         _ = with_free(0.5 * one * 2**30).context
+
+
+def test_a_run_on_a_gpu_is_planned_for_both_memories(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.batching.describe_device", lambda kind: f"{kind} (a GPU)")
+    sections = small | {"prune": PRUNE, "run": {"engine": "inline", "batch_size": 2, "blocks_per_group": 1}}
+    parts = Params.model_validate(sections), Workspace(tmp_path), InlineEngine()
+    on_cpu, on_gpu = Session(*parts), OnGpu(*parts, free_bytes=lambda _kind: 2**40)
+    cpu, gpu = (outline_run(each).needs.memory for each in (on_cpu, on_gpu))
+    assert not cpu.on_gpu
+    estimate = on_gpu.memory_estimate(1)
+    row = "prune: curvature"
+    assert gpu.on_gpu[row] == estimate.device_gib
+    assert gpu.by_stage[row] - gpu.idle == pytest.approx(estimate.host_gib)
+    assert cpu.by_stage[row] - cpu.idle == pytest.approx(estimate.device_gib + estimate.boundaries / 2**30)
+    assert gpu.by_stage["prune: costs"] < cpu.by_stage["prune: costs"] == gpu.on_gpu["prune: costs"] + cpu.idle
+    require_memory(on_gpu, gpu, available_gib=1.0)
+    on_gpu.free_bytes = lambda _kind: int(estimate.device_gib * 2**30 / 2)
+    with pytest.raises(ParameterError, match=r"evaluate|curvature needs about .* GiB of the GPU's memory.*are free"):
+        require_memory(on_gpu, gpu, available_gib=1.0)
+    with pytest.raises(ParameterError, match=r"needs about .* GiB, but 0\.0 GiB are available"):
+        require_memory(on_cpu, cpu, available_gib=1e-6)
 
 
 def test_tf32_is_in_every_key_and_has_no_effect_on_a_cpu(small: dict[str, Any], tmp_path: Path) -> None:
