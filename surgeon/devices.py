@@ -55,6 +55,8 @@ def place_of(kind: str) -> str:
     if kind == Device.CPU:
         return kind
     if _Claimed.claim is None or _Claimed.pid != os.getpid():
+        # Read when the first product is formed: without it, products on several streams may differ in their last bits.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         _Claimed.claim, _Claimed.pid = claim_device(kind, gpu_names()), os.getpid()
         if _Claimed.claim.others:
             warnings.warn(

@@ -53,7 +53,7 @@ def packed_lower(matrix: Tensor) -> Tensor:
     """Rows of the lower triangle one after the other, `[n (n + 1) / 2]`, of a matrix `[n, n]` on the same device."""
     packed = matrix.new_empty(triangle_size(len(matrix)))
     for start, stop, mask in _strips(matrix):
-        packed[triangle_size(start) : triangle_size(stop)] = matrix[start:stop, :stop][mask]
+        packed[triangle_size(start) : triangle_size(stop)] = matrix[start:stop, :stop].masked_select(mask)
     return packed
 
 
@@ -61,7 +61,7 @@ def unpacked_lower(packed: Tensor, n: int) -> Tensor:
     """The full matrix `[n, n]` of a packed triangle on the same device, mirrored, bit for bit symmetric."""
     matrix = packed.new_empty(n, n)
     for start, stop, mask in _strips(matrix):
-        matrix[start:stop, :stop][mask] = packed[triangle_size(start) : triangle_size(stop)]
+        matrix[start:stop, :stop].masked_scatter_(mask, packed[triangle_size(start) : triangle_size(stop)])
         matrix[:start, start:stop] = matrix[start:stop, :start].T
         diagonal = matrix[start:stop, start:stop]
         # A sum of triangles would turn -0.0 into 0.0 and spread NaN; a choice keeps the bits.

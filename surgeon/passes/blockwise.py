@@ -34,6 +34,7 @@ from surgeon.models import (
     unload,
 )
 from surgeon.precision import float32_products
+from surgeon.repeatable import repeatable
 
 Overrides = Callable[[int], Mapping[str, Tensor]]
 """Pruned weights by block: block index → {full name, "model.layers.7.mlp.up_proj.weight" say: tensor}."""
@@ -150,13 +151,13 @@ class BlockwiseModel:
     def loaded(self, blocks: range) -> Iterator[None]:
         """Holds the weights of some blocks in memory, and drops those that were not there before at the end.
 
-        Inside, products of float32 matrices on a GPU are of the model's precision.
+        Inside, products of float32 matrices on a GPU are of the model's precision, and its algorithms repeatable.
         """
         fresh = [index for index in blocks if index not in self._loaded and index not in self.removed]
         for index in fresh:
             self.load(index)
         try:
-            with float32_products(self.precision):
+            with float32_products(self.precision), repeatable(self.device):
                 yield
         finally:
             for index in fresh:
