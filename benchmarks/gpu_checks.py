@@ -69,9 +69,7 @@ def run_shot(folder: Path, device: str, overrides: list[str], name: str = "run")
     given = [*shared, *overrides]
     session = Session(load_params(None, given), Workspace((folder / name).resolve()), InlineEngine())
     session.check()
-    perplexity = session.engine.task(
-        evaluation_task, session.context, session.dense, session.windows, "dense", name="dense/evaluation"
-    ).attributes["perplexity"]
+    perplexity = session.healed(lambda: _evaluate(session))
     (shot,) = session.healed(lambda: prune(session))
     store = Store(session.context.store)
     arrays = {}
@@ -80,17 +78,26 @@ def run_shot(folder: Path, device: str, overrides: list[str], name: str = "run")
         arrays |= {f"{label}:{part}": stored.array(part) for part in stored.names()}
     digests = {label: reference.digest for label, reference in shot.references.items()}
     session.close()
-    return Made(arrays, digests, shot.state.digest, float(perplexity), session)
+    return Made(arrays, digests, shot.state.digest, perplexity, session)
+
+
+def _evaluate(session: Session) -> float:
+    """Perplexity of the dense model."""
+    parts = session.context, session.dense, session.windows, "dense"
+    return float(session.engine.task(evaluation_task, *parts, name="dense/evaluation").attributes["perplexity"])
 
 
 def differences(made: Made, reference: Made) -> Figures:
-    """For each kind of result, the largest relative distance of an array to that of the reference (Frobenius)."""
+    """For each kind of result, the largest relative distance of an array to that of the reference (Frobenius).
+
+    Eigenvectors and terms of a sum have no sign; what is computed from them is compared.
+    """
     found: Figures = {}
     assert made.arrays.keys() == reference.arrays.keys()
     for name, expected in reference.arrays.items():
-        if expected.dtype.kind != "f":
-            continue
         label, _, part = name.partition(":")
+        if expected.dtype.kind != "f" or label.endswith(("/moments", "/kronecker-terms")):
+            continue
         kind = f"{label.rpartition('/')[2]} {part.rpartition('/')[2]}"
         expected = expected.astype(np.float64)
         norm = float(np.linalg.norm(expected)) or 1.0
@@ -178,7 +185,7 @@ def check_out_of_memory(folder: Path, device: str) -> Figures:
     """A batch that is too large for the GPU is halved until it fits; the result is that of asking for the smaller."""
     wide = [f"model.source={folder / 'inputs' / 'wide'}", *STRUCTURES["units"], "calibrate.sequences=32"]
     run_shot(folder, device, wide, "memory-warm-up")
-    with memory_limit(0.75, device):
+    with memory_limit(0.4, device):
         made = run_shot(folder, device, [*wide, "run.batch_size=32"], "memory-limited")
     used = made.session.context.batch_size
     expected = run_shot(folder, device, [*wide, f"run.batch_size={used}"], "memory-asked")
