@@ -81,6 +81,10 @@ class MemoryShortageError(SurgeonError):
     """A computation ran out of memory; the message names the settings to lower. What was finished before is kept."""
 
 
+class BatchMemoryError(MemoryShortageError):
+    """A GPU had not enough memory for work that takes less of it with fewer sequences at a time."""
+
+
 class NumericalError(SurgeonError):
     """A factorisation failed although damping was escalated as far as allowed."""
 

@@ -17,6 +17,7 @@ from surgeon.pruning.sequential import update_sequentially
 from surgeon.pruning.structure_update import update_structures
 from surgeon.pruning.weight_update import UpdateResult, update_weights
 from surgeon.store import Reference
+from surgeon.transfer import to_host
 from tasks.context import Context
 from tasks.costs import LIVE_SOURCES, BlockWork, damping_parameters
 from tasks.curvature import read_statistics
@@ -130,7 +131,7 @@ def _weights(
     results = {}
     for name, factors in read_statistics(context, work.statistics, list(linears)):
         where, recipe = f"block {work.block}, {name}", work.recipe
-        values = torch.from_numpy(costs.array(f"{name}/costs")).to(context.device)
+        values = torch.from_numpy(costs.array(f"{name}/costs")).to(context.place)
         keep = weights_that_stay(values, recipe.granularity, cuts[name])
         live = live_linear(linears[name], factors, recipe.curvature.kind, recipe.damping, where, torch.float32)
         results[name] = update_weights(live, keep, recipe.update, where)
@@ -156,9 +157,9 @@ def update_product(results: Mapping[str, UpdateResult]) -> Product:
     facts = {}
     for name, result in results.items():
         linear = result.linear
-        arrays[f"{name}/weight"] = linear.weight.cpu().numpy()
+        arrays[f"{name}/weight"] = to_host(linear.weight)
         if linear.bias is not None:
-            arrays[f"{name}/bias"] = linear.bias.cpu().numpy()
+            arrays[f"{name}/bias"] = to_host(linear.bias)
         if linear.live_weights is not None:
             arrays[f"{name}/live"] = packed_live(linear.live_weights)
         fact: dict[str, Any] = {

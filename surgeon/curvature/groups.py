@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from surgeon.errors import NumericalError
+from surgeon.repeatable import repeatable
 
 
 def members_of(owner: Tensor, n_groups: int) -> list[Tensor]:
@@ -22,7 +23,8 @@ def members_of(owner: Tensor, n_groups: int) -> list[Tensor]:
 def summed_costs(columns: Tensor, owner: Tensor, n_groups: int) -> Tensor:
     """Costs of groups whose columns have nothing to do with each other: `[n_groups]` from those of columns, `[n]`."""
     mine = owner >= 0
-    return columns.new_zeros(n_groups).index_add_(0, owner[mine], columns[: owner.numel()][mine])
+    with repeatable(columns.device):
+        return columns.new_zeros(n_groups).index_add_(0, owner[mine], columns[: owner.numel()][mine])
 
 
 def plain_costs(weight: Tensor, pulled: Tensor, activations: Tensor | None, owner: Tensor, n_groups: int) -> Tensor:
