@@ -18,6 +18,7 @@ from flows.params_recovery import RecoveryParams
 from flows.params_section import Integer, Number, Positive, Section, Word
 from flows.params_text import TextParams
 from flows.params_yaml import apply_override, read_yaml
+from flows.pool import Runner
 from surgeon.choices import Device, Dtype, ExportLayout, Keep, SequenceOrder
 from surgeon.errors import ParameterError
 
@@ -89,6 +90,11 @@ class RunParams(Section):
     """How a run is executed."""
 
     engine: EngineName = EngineName.PREFECT
+    runner: Runner = Runner.THREADS
+    workers: Positive = 1
+    cluster: Word | None = None
+    threads: Positive | None = None
+    shards: Positive = 1
     device: Device = Device.AUTO
     batch_size: Positive = 4
     blocks_per_group: Positive | None = None
@@ -103,6 +109,12 @@ class RunParams(Section):
                 "no_effect",
                 "memory_gib has no effect when blocks_per_group is given, because it only chooses blocks_per_group; "
                 "set one of them to null",
+            )
+        if self.cluster is not None and self.runner not in (Runner.DASK, Runner.RAY):
+            raise PydanticCustomError(
+                "no_effect",
+                "cluster has no effect with runner: {runner}, which works on this machine alone; use dask or ray",
+                {"runner": self.runner.value},
             )
         return self
 

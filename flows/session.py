@@ -1,5 +1,6 @@
 """What all flows of one command share: parameters, files, the opened model layout and how to execute."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ import torch
 from flows.checks import check_pruning
 from flows.engine import Engine
 from flows.goal import Goal, find_goal
-from flows.params import Params
+from flows.params import Params, RunParams
 from flows.restoring import refill
 from flows.workspace import Workspace
 from surgeon.choices import Device, Structure
@@ -143,6 +144,7 @@ class Session:
             device=device,
             batch_size=run.batch_size,
             blocks_per_group=run.blocks_per_group or self._blocks_per_group(),
+            threads=threads_of(run) if device == Device.CPU.value else None,
         )
 
     @cached_property
@@ -304,6 +306,13 @@ class Session:
     def _blocks_per_group(self) -> int:
         budget = self.params.run.memory_gib or MEMORY_SHARE * psutil.virtual_memory().available / 2**30
         return blocks_that_fit(self.memory_estimate, self.model.n_blocks, budget)
+
+
+def threads_of(run: RunParams) -> int | None:
+    """Threads of torch in every worker on a CPU, where that is chosen; None is what torch takes by itself."""
+    if run.threads is not None or run.workers == 1:
+        return run.threads
+    return max(1, (os.cpu_count() or 1) // run.workers)
 
 
 def _factor_copies(spec: CurvatureSpec) -> int:

@@ -53,6 +53,14 @@ class NondeterminismError(SurgeonError):
     """The same key was computed twice with different results."""
 
 
+class ClusterError(InputError):
+    """Workers cannot be used: a cluster does not answer, or they have other versions, devices or files."""
+
+
+class WorkerLostError(SurgeonError):
+    """Worker processes died again and again while they computed the same thing; mostly there was not enough memory."""
+
+
 class BenchmarkError(SurgeonError):
     """A model could not be measured: its process died, or had not enough memory."""
 

@@ -135,6 +135,8 @@ class Context:
         device: "cpu" or "cuda".
         batch_size: sequences at a time; it changes the last bits of results and so is part of their keys.
         blocks_per_group: blocks held in memory at a time; does not change results.
+        threads: of torch on a CPU, where that was chosen: libraries round in another way with another number, so it is
+            part of keys. None is as many as the machine has.
     """
 
     store: Path
@@ -142,6 +144,12 @@ class Context:
     device: str
     batch_size: int
     blocks_per_group: int
+    threads: int | None = None
+
+    @property
+    def arithmetic(self) -> str:
+        """Kind of device as far as numbers depend on it."""
+        return self.device if self.threads is None or self.device != "cpu" else f"{self.device}, {self.threads} threads"
 
     @property
     def dtype(self) -> str:

@@ -62,6 +62,7 @@ class Here:
 
     store: Path
     device: str = "cpu"
+    arithmetic: str = "cpu"
     dtype: str = "float64"
 
 

@@ -29,6 +29,10 @@ class Site(Protocol):
         """Kind of device the numbers come from."""
 
     @property
+    def arithmetic(self) -> str:
+        """The same with all else of the machine that they depend on."""
+
+    @property
     def dtype(self) -> str:
         """Number format they are computed in."""
 
@@ -72,7 +76,7 @@ class Stage:
 
     def key(self, context: Site, parameters: Mapping[str, Any], inputs: Mapping[str, str | Sequence[str]]) -> str:
         """Key of the result made from these parameters and inputs (content digests) on this kind of device."""
-        return stage_key(self.kind, self.version, parameters, inputs, context.device, context.dtype)
+        return stage_key(self.kind, self.version, parameters, inputs, context.arithmetic, context.dtype)
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,10 @@ class StoredObject:
             raise TypeError(f"{name!r} of {self.reference.describe()} is bfloat16; read it with [{name!r}].bits.")
         return read
 
+    def stored_form(self, name: str) -> StorableArray:
+        """As `self[name]`, but in the form it was committed in: a symmetric matrix as its triangle."""
+        return self._read(name)
+
     def stored_arrays(self) -> Iterator[tuple[str, StorableArray]]:
         """Reads all arrays in the form they were committed in, one at a time, sorted by name."""
         for name in self._infos:
