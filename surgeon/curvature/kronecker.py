@@ -51,18 +51,9 @@ class _Side:
     @property
     def factorised(self) -> Factorised:
         """Damped and factorised in float64, and kept."""
-        if self._factorised is None or self._factorised.order is not None:
-            self._factorised = self._fresh()
+        if self._factorised is None:
+            self._factorised = self.factorise()
         return self._factorised
-
-    def factorised_in(self, order: Tensor) -> Factorised:
-        """The same with rows and columns in some order, `[n]` int64; kept too, to solve with."""
-        self._factorised = self._fresh(order)
-        return self._factorised
-
-    def solve(self, x: Tensor) -> Tensor:
-        """``M̂⁻¹ x`` for x `[n, k]` float64, in whatever order the factor has been factorised."""
-        return (self._factorised or self.factorised).solve(x)
 
     def inverse(self) -> Tensor:
         """``M̂⁻¹`` `[n, n]` float64, a new matrix: the only one of its size that is held."""
@@ -71,11 +62,10 @@ class _Side:
     def _to_use_up(self) -> Factorised:
         """A factorisation that nothing else needs."""
         kept = self._factorised
-        if kept is None or kept.order is not None:
-            return self._fresh()
-        return replace(kept, cholesky=kept.cholesky.clone())
+        return self.factorise() if kept is None else replace(kept, cholesky=kept.cholesky.clone())
 
-    def _fresh(self, order: Tensor | None = None) -> Factorised:
+    def factorise(self, order: Tensor | None = None) -> Factorised:
+        """The same with rows and columns in some order, `[n]` int64, and not kept."""
         matrix = torch.eye(self.n, device=self.device) if self.matrix is None else self.matrix
         result = factorise(matrix, self._asked, self._where, order)
         self._in_force = (result.damping, result.escalations)
@@ -151,6 +141,11 @@ class KroneckerCurvature(LinearCurvature):
         return self._rows.matrix is not None
 
     @property
+    def has_activations(self) -> bool:
+        """Whether ``A`` is not the identity."""
+        return self._columns.matrix is not None
+
+    @property
     def gradients(self) -> Factorised:
         """``Ĝ``, factorised."""
         return self._rows.factorised
@@ -172,9 +167,9 @@ class KroneckerCurvature(LinearCurvature):
         """``Ĝ⁻¹ X Â⁻¹``."""
         x = x.double()
         if self._rows.matrix is not None:
-            x = self._rows.solve(x)
+            x = self.gradients.solve(x)
         if self._columns.matrix is not None:
-            x = self._columns.solve(x.T).T
+            x = self.activations.solve(x.T).T
         return x
 
     def damped_diagonal(self) -> Tensor:
@@ -221,12 +216,12 @@ class KroneckerCurvature(LinearCurvature):
         return self._columns.inverse()
 
     def ordered_gradients(self, order: Tensor) -> Factorised:
-        """``Ĝ`` factorised with its rows and columns in some order, `[n_out]` int64."""
-        return self._rows.factorised_in(order)
+        """``Ĝ`` factorised with its rows and columns in some order, `[n_out]` int64; not kept here."""
+        return self._rows.factorise(order)
 
     def ordered_activations(self, order: Tensor) -> Factorised:
         """``Â`` likewise, `[n_in (+ 1)]` int64."""
-        return self._columns.factorised_in(order)
+        return self._columns.factorise(order)
 
     def weight_scales(self, cost: Cost) -> Tensor:
         """See the table of the module."""

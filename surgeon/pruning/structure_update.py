@@ -39,7 +39,7 @@ class _Elimination:
 
     ``kept`` and ``removed`` are index vectors into the live structures; ``spread`` is ``M̂_KK⁻¹ M̂_KQ`` `[k, q]`;
     ``root`` `[q, q]` and ``kept_root`` `[k, k]` are lower triangular: ``M̂_QQ - M̂_QK M̂_KK⁻¹ M̂_KQ = root rootᵀ`` and
-    ``M̂_KK = kept_root kept_rootᵀ``.
+    ``M̂_KK = kept_root kept_rootᵀ``, all of it parts of ``factorised``.
     """
 
     kept: Tensor
@@ -47,6 +47,7 @@ class _Elimination:
     spread: Tensor
     root: Tensor
     kept_root: Tensor
+    factorised: Factorised
 
 
 def update_structures(
@@ -96,7 +97,12 @@ def _by_elimination(
     columns = _eliminate(curvature.ordered_activations, keep_columns)
     weight, offset = live.weight, 0.0
     if spec.newton_step and live.loss_gradient is not None:
-        step = spec.newton_step * curvature.solve(live.loss_gradient)
+        step = live.loss_gradient
+        if curvature.has_gradients:
+            step = (curvature.gradients if rows is None else rows.factorised).solve(step)
+        if curvature.has_activations:
+            step = columns.factorised.solve(step.T).T
+        step = spec.newton_step * step
         weight, offset = weight - step, -curvature.energy(step)
     if spec.rule is UpdateRule.EXACT:
         updated, predicted = _exact(weight, rows, columns, curvature)
@@ -142,11 +148,11 @@ def _eliminate(factorised: Callable[[Tensor], Factorised], keep: Tensor) -> _Eli
     ``L_QQ L_QQᵀ`` is the Schur complement.
     """
     kept, removed = keep.nonzero()[:, 0], (~keep).nonzero()[:, 0]
-    lower = factorised(torch.cat([kept, removed])).cholesky
-    k = kept.numel()
+    whole = factorised(torch.cat([kept, removed]))
+    lower, k = whole.cholesky, kept.numel()
     kept_root = lower[:k, :k]
-    spread = solve_transposed(kept_root, lower[k:, :k].T.contiguous())
-    return _Elimination(kept, removed, spread, lower[k:, k:], kept_root)
+    spread = solve_transposed(kept_root, lower[k:, :k].T.clone(memory_format=torch.contiguous_format))
+    return _Elimination(kept, removed, spread, lower[k:, k:], kept_root, whole)
 
 
 def _cholesky(matrix: Tensor, damping: float, where: str) -> Tensor:
