@@ -36,10 +36,10 @@ def repeatable(device: str | torch.device) -> Iterator[None]:
             _Switch.before = (
                 torch.are_deterministic_algorithms_enabled(),
                 torch.is_deterministic_algorithms_warn_only_enabled(),
-                deterministic.fill_uninitialized_memory,
+                deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
             )
             torch.use_deterministic_algorithms(True, warn_only=True)
-            deterministic.fill_uninitialized_memory = False
+            deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         _Switch.users += 1
     try:
         yield
@@ -49,4 +49,4 @@ def repeatable(device: str | torch.device) -> Iterator[None]:
             if _Switch.users == 0:
                 enabled, warns, fill = _Switch.before
                 torch.use_deterministic_algorithms(enabled, warn_only=warns)
-                deterministic.fill_uninitialized_memory = fill
+                deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

@@ -29,7 +29,7 @@ from tasks.weights import packed_live, read_linears
 Array = NDArray[Any]
 UPDATE = Stage(
     "update",
-    2,
+    3,
     (
         *LIVE_SOURCES,
         "surgeon.curvature.groups",
@@ -83,12 +83,13 @@ def update_task(context: Context, work: BlockWork, removal: Removal) -> Outcome[
     """Weights, biases and live sets of the linears of one block after the shot."""
 
     def compute() -> Product:
-        linears = read_linears(context, work.state, work.block)
+        how = _weights
         if work.recipe.update.rule is UpdateRule.SEQUENTIAL:
-            return update_product(_sequential(context, work, removal, linears))
-        if is_structured(work.recipe.granularity):
-            return update_product(_structures(context, work, removal, linears))
-        return update_product(_weights(context, work, removal, linears))
+            how = _sequential
+        elif is_structured(work.recipe.granularity):
+            how = _structures
+        # Handed over without a name here, so that what is replaced is freed.
+        return update_product(how(context, work, removal, read_linears(context, work.state, work.block)))
 
     report(f"{work.label}: update", work.block, context.model.n_blocks)
     return produce(context, update_request(work, removal), compute)
