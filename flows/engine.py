@@ -28,6 +28,23 @@ class StageTally:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """What a stage has found, for people.
+
+    Attributes:
+        name: short and of lower-case letters, the same for the same kind of finding.
+        title: what it is.
+        rows: of a table, each with a text for every column; empty where it is not a table.
+        text: in Markdown; empty where it is a table.
+    """
+
+    name: str
+    title: str
+    rows: tuple[Mapping[str, str], ...] = ()
+    text: str = ""
+
+
+@dataclass(frozen=True)
 class Job:
     """A task to be run beside others.
 
@@ -51,6 +68,9 @@ class TaskObserver:
     def plan(self, seconds: Mapping[str, float]) -> None:
         """How long each task that will be executed is expected to take, by name."""
 
+    def stage_started(self, name: str) -> None:
+        """A stage begins; stages may contain stages."""
+
     def task_started(self, name: str) -> None:
         """A task begins."""
 
@@ -59,6 +79,9 @@ class TaskObserver:
 
     def tasks_reused(self, names: list[str]) -> None:
         """Tasks were not asked for, because a finished result stands for all of them."""
+
+    def found(self, finding: Finding) -> None:
+        """Something to show has been found."""
 
 
 class Engine(ABC):
@@ -83,7 +106,7 @@ class Engine(ABC):
         self._stages.append(name)
         start = time.perf_counter()
         try:
-            return self._run_stage(name, body)
+            return self._run_stage(name, lambda: self._announced(name, body))
         finally:
             self.tally.elapsed_s += time.perf_counter() - start
             self._stages.pop()
@@ -110,8 +133,9 @@ class Engine(ABC):
                 values[index] = self.task(job.body, *job.args, name=job.name)
             else:
                 missing[index] = job
-        for job in list(missing.values())[:1]:
-            self.observer.task_started(job.name)
+        if missing:
+            self.pool.start()
+            self.observer.task_started(next(iter(missing.values())).name)
         for index, outcome in self._run_jobs(missing, self.pool):
             values[index] = outcome.value
             self._count(missing[index].name, outcome)
@@ -137,6 +161,10 @@ class Engine(ABC):
         """Counts tasks that were not even asked for, because a result made from all of them was there."""
         self.tally.cached += len(names)
         self.observer.tasks_reused(names)
+
+    def _announced(self, name: str, body: Callable[[], T]) -> T:
+        self.observer.stage_started(name)
+        return body()
 
     def _run_jobs(self, jobs: Mapping[int, Job], pool: Pool) -> Iterator[tuple[int, Outcome[Any]]]:
         """Runs jobs side by side and yields what they return, in the order in which they end."""

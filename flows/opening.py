@@ -11,11 +11,15 @@ from flows.display import Display
 from flows.engine import InlineEngine
 from flows.params import Params, RunParams, load_params
 from flows.pool import Pool, ProcessPool, Runner, ThreadPool
+from flows.prefect_artifacts import RunArtifacts
 from flows.prefect_engine import PrefectEngine
+from flows.prefect_runs import is_within_a_run
+from flows.prefect_server import has_server
 from flows.project import parameter_file
 from flows.ray_pool import RayPool
 from flows.session import Session, threads_of
 from flows.workspace import Workspace
+from tasks.progress import set_reporter
 
 
 def with_engine(overrides: Sequence[str] | None, engine: str | None) -> list[str]:
@@ -25,19 +29,33 @@ def with_engine(overrides: Sequence[str] | None, engine: str | None) -> list[str
 
 @contextmanager
 def open_session(root: Path, params: Params, quiet: bool) -> Iterator[Session]:
-    """A session in a project directory, with its progress on the terminal."""
+    """A session in a project directory, with its progress on the terminal, and on a Prefect server if there is one."""
     root = root.resolve()
     with Display(quiet) as display:
+        shown = _shown(params, display)
         pool = open_pool(params.run)
-        engine = PrefectEngine(root, display, pool) if params.run.engine == "prefect" else InlineEngine(display, pool)
+        engine = PrefectEngine(root, shown, pool) if params.run.engine == "prefect" else InlineEngine(shown, pool)
         workspace = Workspace(root, params.run.store, params.run.cache)
-        session = Session(params, workspace, engine, display.say, display.warn)
+        session = Session(params, workspace, engine, shown.say, shown.warn)
         try:
             with _threads(threads_of(params.run)):
                 yield session
         finally:
             engine.close()
             session.close()
+        shown.finished()
+
+
+def _shown(params: Params, display: Display) -> Display | RunArtifacts:
+    """What shows how far the run is.
+
+    A server that lives no longer than the run gets no artifacts: nobody sees them, and the report says the same.
+    """
+    if not is_within_a_run() and not (params.run.engine == "prefect" and has_server()):
+        return display
+    artifacts = RunArtifacts(display)
+    set_reporter(artifacts)
+    return artifacts
 
 
 def open_pool(run: RunParams) -> Pool | None:

@@ -4,10 +4,11 @@ A section is a stage and a sub-command of the same name; `run` holds what change
 finds. Values are checked here once, so that the code behind can rely on them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, StrictBool, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -19,7 +20,7 @@ from flows.params_section import Integer, Number, Positive, Section, Word
 from flows.params_text import TextParams
 from flows.params_yaml import apply_override, read_yaml
 from flows.pool import Runner
-from surgeon.choices import Device, Dtype, ExportLayout, Keep, SequenceOrder
+from surgeon.choices import Device, Dtype, ExportLayout, Keep, Precision, SequenceOrder
 from surgeon.errors import ParameterError
 
 
@@ -96,7 +97,8 @@ class RunParams(Section):
     threads: Positive | None = None
     shards: Positive = 1
     device: Device = Device.AUTO
-    batch_size: Positive = 4
+    precision: Precision = Precision.FLOAT32
+    batch_size: Positive | None = None
     blocks_per_group: Positive | None = None
     memory_gib: Annotated[Number, Field(gt=0)] | None = None
     keep: Keep = Keep.LAST
@@ -117,6 +119,10 @@ class RunParams(Section):
                 "cluster has no effect with runner: {runner}, which works on this machine alone; use dask or ray",
                 {"runner": self.runner.value},
             )
+        if self.precision is Precision.TF32 and self.device is Device.CPU:
+            raise PydanticCustomError(
+                "no_effect", "precision tf32 has no effect on a CPU, only on a CUDA device; use float32"
+            )
         return self
 
 
@@ -136,6 +142,13 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.run.precision is Precision.TF32 and self.model.dtype is not Dtype.FLOAT32:
+            raise PydanticCustomError(
+                "no_effect",
+                "run.precision tf32 has no effect with model.dtype {dtype}, whose products are of that dtype; set "
+                "run.precision to float32, or model.dtype to float32",
+                {"dtype": self.model.dtype.value},
+            )
         calibrate, evaluate, recovery = self.calibrate.text, self.evaluate.text, self.recovery.text
         if recovery is not None and (recovery.source, recovery.split) == (evaluate.source, evaluate.split):
             raise PydanticCustomError(
@@ -166,7 +179,24 @@ def load_params(path: Path | None, overrides: Sequence[str] = ()) -> Params:
         ParameterError: The file cannot be read, or anything in it or in an override is wrong; lists all problems.
     """
     tree = {} if path is None else read_yaml(path)
-    where = "defaults" if path is None else str(path)
+    return check_params(tree, "defaults" if path is None else str(path), overrides)
+
+
+def check_params(tree: Mapping[Any, Any], where: str, overrides: Sequence[str] = ()) -> Params:
+    """Checks parameters that were read from somewhere.
+
+    Args:
+        tree: Sections; what they leave out has its default.
+        where: What they were read from, for messages.
+        overrides: `section.key=value` each, which win.
+
+    Returns:
+        The checked parameters.
+
+    Raises:
+        ParameterError: Anything in them is wrong; lists all problems.
+    """
+    tree = deepcopy(dict(tree))
     problems: list[str] = []
     keys: dict[str, tuple[str, ...]] = {}
     for override in overrides:

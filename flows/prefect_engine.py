@@ -17,7 +17,8 @@ import psutil
 
 from flows.engine import Engine, Job, TaskObserver
 from flows.pool import Pool
-from flows.prefect_runs import mark_crashed_runs, owned_by_this_process
+from flows.prefect_runs import is_within_a_run, mark_crashed_runs, owned_by_this_process
+from flows.prefect_server import require_server
 from tasks.stage import Outcome, WorkLeftError, only_looking
 
 T = TypeVar("T")
@@ -73,20 +74,26 @@ def _as_prefect_task(body: Callable[..., Outcome[Any]], pool: Pool | None = None
 
 
 class PrefectEngine(Engine):
-    """Runs stages and tasks under Prefect, in this process."""
+    """Runs stages and tasks under Prefect, in this process; within a flow run, as parts of that one."""
 
     name = "prefect"
 
     def __init__(self, root: Path, observer: TaskObserver | None = None, pool: Pool | None = None) -> None:
         super().__init__(observer, pool)
         self._root = root
-        configure(root)
-        end_orphaned_servers()
+        if not is_within_a_run():
+            configure(root)
+            end_orphaned_servers()
+            require_server()
 
     def _run_stage(self, name: str, body: Callable[[], T]) -> T:
         if self._only_looks:
             return body()
         is_first = len(self._stages) == 1
+        if is_first and is_within_a_run():  # a deployment's, which is the flow of this stage
+            with owned_by_this_process(self._root):
+                mark_crashed_runs(self._root)
+                return body()
         if is_first and not os.environ.get("PREFECT_API_URL"):
             with suppress(WorkLeftError):
                 return self._look(body)
@@ -111,6 +118,7 @@ class PrefectEngine(Engine):
 
     def _run_flow(self, name: str, body: Callable[[], T], is_first: bool) -> T:
         from prefect import flow
+        from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
         def marked() -> T:
             if is_first:
@@ -118,7 +126,10 @@ class PrefectEngine(Engine):
             return body()
 
         run = flow(marked, name=f"surgeon-{name}", persist_result=False, validate_parameters=False)
-        with owned_by_this_process(self._root) if is_first else nullcontext():
+        # The end of a flow waits up to a second for its heartbeat. A killed command is told by its process instead, and
+        # a deployment's stages by the run that they belong to, which has a heartbeat.
+        silent = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
+        with silent, owned_by_this_process(self._root) if is_first else nullcontext():
             result: T = run()
         return result
 

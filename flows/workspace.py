@@ -122,6 +122,11 @@ class Workspace:
         return self.data / "machine.json"
 
     @property
+    def memory(self) -> Path:
+        """Batches that did not fit into the memory of a GPU, and what was used instead."""
+        return self.data / "memory.json"
+
+    @property
     def comparison(self) -> Path:
         """Tables and plots of `surgeon compare`."""
         return self.data / "compare"

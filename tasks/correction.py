@@ -71,7 +71,7 @@ def _live_weights(context: Context, state: ModelState, block: int) -> dict[str, 
     """Which weights of the linears of a block live, `[n_out, n_in]` bool by full name."""
     prefix = f"{context.model.blocks_path}.{block}"
     sets = read_live_sets(context, state, block)
-    return {f"{prefix}.{name}": live.alive().to(context.device) for name, live in sets.items()}
+    return {f"{prefix}.{name}": live.alive().to(context.place) for name, live in sets.items()}
 
 
 def _corrected(context: Context, state: ModelState, block: int, result: AdapterResult) -> Product:

@@ -16,7 +16,8 @@ from surgeon.curvature.factors import EigenMoments, KroneckerTerms, LinearFactor
 from surgeon.curvature.spec import CurvatureSpec, Statistic
 from surgeon.passes.groups import shards
 from surgeon.passes.targets import EMPIRICAL, TokenTargets
-from surgeon.store import Reference, Store, StoredObject
+from surgeon.store import Layout, Reference, Store, StoredObject, SymmetricMatrix
+from surgeon.transfer import symmetric_to
 from tasks.context import Context, ModelState
 from tasks.stage import Request, Stage
 
@@ -187,7 +188,7 @@ def read_statistics(
         Name and statistics, in the order given. What linears have in common is read once and is one tensor.
     """
     store = context.store.open()
-    stored = {statistic: _Tensors(store.open(ref.key), context.device) for statistic, ref in references.items()}
+    stored = {statistic: _Tensors(store.open(ref.key), context.place) for statistic, ref in references.items()}
     for name in linears:
         yield name, _linear_factors(stored, name)
 
@@ -201,7 +202,11 @@ class _Tensors:
     _shared: dict[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
-        return torch.from_numpy(self.stored.array(name)).to(self.device)
+        if self.stored.array_info(name).layout is not Layout.LOWER_TRIANGLE:
+            return torch.from_numpy(self.stored.array(name)).to(self.device)
+        triangle = self.stored.as_stored(name)
+        assert isinstance(triangle, SymmetricMatrix), "its layout says so"
+        return symmetric_to(triangle, self.device)
 
     def shared(self, linear: str, part: str) -> Tensor:
         """An array that is stored under the name of the first linear that has it."""

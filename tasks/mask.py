@@ -77,8 +77,8 @@ def block_masks(context: Context, block: int, mask: Reference) -> dict[str, tupl
     row, column = sum(s.n_out for s in before), sum(s.n_in for s in before)
     result = {}
     for shape in context.model.blocks[block]:
-        rows = torch.from_numpy(arrays["live_rows"][row : row + shape.n_out]).to(context.device)
-        columns = torch.from_numpy(arrays["live_columns"][column : column + shape.n_in]).to(context.device)
+        rows = torch.from_numpy(arrays["live_rows"][row : row + shape.n_out]).to(context.place)
+        columns = torch.from_numpy(arrays["live_columns"][column : column + shape.n_in]).to(context.place)
         result[shape.name] = (rows, columns)
         row, column = row + shape.n_out, column + shape.n_in
     return result

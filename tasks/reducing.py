@@ -60,7 +60,7 @@ def _mean(places: Sequence[tuple[StoredObject, str]], shares: Sequence[float]) -
     """The weighted mean of one array of several objects, read one after the other; sums are float64."""
     total: NDArray[np.float64] | None = None
     for (stored, name), share in zip(places, shares, strict=True):
-        form = stored.stored_form(name)
+        form = stored.as_stored(name)
         assert not isinstance(form, BFloat16Array), "statistics are float32"
         values = form.packed if isinstance(form, SymmetricMatrix) else form
         if total is None:

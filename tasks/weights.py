@@ -24,10 +24,11 @@ def open_model(context: Context, state: ModelState) -> BlockwiseModel:
     return BlockwiseModel(
         context.model.checkpoint,
         dtype=context.model.torch_dtype,
-        device=context.device,
+        device=context.place,
         overrides=partial(block_tensors, context, state) if any(state.updates) else no_overrides,
         removed=state.removed,
         trunk=trunk_tensors(context, state),
+        precision=context.precision,
     )
 
 
@@ -71,7 +72,7 @@ def read_linears(context: Context, state: ModelState, block: int) -> dict[str, P
     else:
         parts = [f"{n}.weight" for n in names] + [f"{n}.bias" for n, s in zip(names, shapes, strict=True) if s.has_bias]
         tensors = WeightFiles(context.model.checkpoint).read(parts, torch.float32)
-    on = context.device
+    on = context.place
     result = {}
     for shape, name, live in zip(shapes, names, read_live_sets(context, state, block).values(), strict=True):
         bias = tensors[f"{name}.bias"].to(on) if shape.has_bias else None
