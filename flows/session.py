@@ -272,6 +272,7 @@ class Session:
         Raises:
             InputError: naming what is wrong and what to do.
         """
+        self.workspace.store.open()
         _ = self.model
         require_length(self.model, self.params.calibrate.length, "calibrate.length")
         require_length(self.model, self.params.evaluate.length, "evaluate.length")

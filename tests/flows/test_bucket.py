@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from flows.opening import open_session
+from flows.params import Params
+from flows.prune import prune
+from surgeon.store import Store, StorePlace
 from tests.flows.project import Project
 from tests.surgeon.store.buckets import BUCKET, client, files, s3_server, variables
 
@@ -160,3 +164,34 @@ def test_bad_input(params: dict[str, Any], server: str, tmp_path: Path) -> None:
     done = project.surgeon("run", "-S", "run.cache=elsewhere")
     assert done.status == 2
     assert "run.cache: has no effect, because the store is the directory data/store" in done.stderr
+
+
+def test_workers_on_another_machine(
+    small: dict[str, Any], server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers of a cluster, with a cache of their own, and the run itself share the bucket and nothing else."""
+    from distributed import LocalCluster
+
+    for name, value in variables(server).items():
+        monkeypatch.setenv(name, value)
+    sections = {**small, "prune": {"structure": "rows-and-columns", "shots": 2}}
+    options = {**small["run"], "blocks_per_group": 1, "batch_size": 1, "keep": "last", "threads": 1, "shards": 3}
+
+    def run(name: str, **more: Any) -> str:
+        params = Params.model_validate({**sections, "run": {**options, **more}})
+        with open_session(tmp_path / name, params, quiet=True) as session:
+            session.check()
+            return prune(session)[-1].state.digest
+
+    monkeypatch.setenv("SURGEON_CACHE", str(tmp_path / "workers"))
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit=0) as cluster:
+        monkeypatch.delenv("SURGEON_CACHE")
+        store = f"s3://{BUCKET}/cluster"
+        far = run("far", runner="dask", workers=2, cluster=cluster.scheduler_address, store=store)
+    assert far == run("near")
+    theirs = set(Store(tmp_path / "workers").all_keys())
+    assert len(theirs) > 5, "the workers computed nothing"
+    here = StorePlace(tmp_path / "far" / "data" / "store", store).open()
+    assert theirs <= set(here.all_keys())
+    assert not list((tmp_path / "workers" / "tmp").iterdir())
+    assert files(server, "cluster/locks") == {}
