@@ -43,6 +43,7 @@ class Bucket:
         self.url = url
         self._client = client
         self.identity = self._open_format()
+        self._require_conditions()
 
     def get(self, path: str) -> bytes | None:
         """Content of a file; None if there is none."""
@@ -176,6 +177,23 @@ class Bucket:
                 f"{SCHEMA}. Choose another prefix, or use the version of Surgeon that wrote it."
             )
         return str(found["identity"])
+
+    def _require_conditions(self) -> None:
+        """Makes sure that the server heeds conditions, without which of two writers both would win."""
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        with self._asking("reading", FORMAT_FILE):
+            content = obstore.get(self._client, FORMAT_FILE).bytes().to_bytes()
+        with self._asking("writing", FORMAT_FILE):
+            try:
+                obstore.put(self._client, FORMAT_FILE, content, mode="create", use_multipart=False)
+            except AlreadyExistsError:
+                return
+        raise StoreError(
+            f"run.store: the server of {self.url} does not know conditional writes (If-None-Match), so results of two "
+            "writers could mix. Take another server or a newer release of it, or a directory."
+        )
 
     @contextmanager
     def _asking(self, action: str, path: str) -> Iterator[None]:

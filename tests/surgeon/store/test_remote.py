@@ -316,6 +316,13 @@ def test_what_is_no_store_is_refused(client):
         Bucket(client, "memory://x")
 
 
+def test_a_server_that_heeds_no_conditions_is_refused(client, monkeypatch):
+    put = obstore.put
+    monkeypatch.setattr(obstore, "put", lambda *given, mode=None, **more: put(*given, **more))
+    with pytest.raises(StoreError, match=r"memory://x does not know conditional writes \(If-None-Match\)"):
+        Bucket(client, "memory://x")
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
