@@ -41,7 +41,7 @@ def read_manifest(workspace: Workspace) -> dict[str, Reference]:
     gone = [name for name, reference in references.items() if store.lookup(reference.key, label=name) is None]
     if gone:
         raise InputError(
-            f"{len(gone)} of the {len(references)} results of the last run are not in the store {store.root} (the "
+            f"{len(gone)} of the {len(references)} results of the last run are not in the store {store.name} (the "
             f"first: {gone[0]}): give the store it was made with (run.store, SURGEON_STORE), or run again"
         )
     return references

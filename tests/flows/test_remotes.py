@@ -1,11 +1,6 @@
 """`dvc push` to a directory and to S3, and what a new clone can do after `dvc pull`."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +11,7 @@ import zarr
 import surgeon
 from surgeon.store import Store
 from tests.flows.repository import Repository, bytes_once
+from tests.surgeon.store.buckets import s3_server
 
 TWO_SHOTS = {"structure": "rows-and-columns", "sparsity": 0.2, "shots": 2}
 KEYS = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "very-secret", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -163,30 +159,9 @@ def test_clean_refuses_while_versions_are_unknown(pushed: Repository, tmp_path: 
 
 @pytest.fixture
 def s3(tmp_path: Path) -> Iterator[str]:
-    """Address of an S3 server on this machine with the bucket `results`."""
-    import boto3
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with (tmp_path / "server.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | KEYS)
-    try:
-        for _ in range(600):
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert server.poll() is None, (tmp_path / "server.log").read_text()
-                time.sleep(0.1)
-        address = f"http://127.0.0.1:{port}"
-        names = {"aws_access_key_id": "somebody", "aws_secret_access_key": "very-secret", "region_name": "us-east-1"}
-        boto3.client("s3", endpoint_url=address, **names).create_bucket(Bucket="results")
+    """Address of an S3 server on loopback with an empty bucket "results"."""
+    with s3_server(tmp_path) as address:
         yield address
-    finally:
-        server.terminate()
-        server.wait()
 
 
 @pytest.mark.slow
