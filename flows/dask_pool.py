@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from flows.pool import Pool, lost
+from flows.pool import Pool, lost, require_answer
 from surgeon.errors import ClusterError
 from tasks.remote import run_call
 from tasks.stage import Outcome
@@ -78,12 +78,12 @@ class DaskPool(Pool):
             return self._client
 
     def _connect(self, address: str) -> Any:
+        require_answer(address, "dask scheduler")
         try:
             client = self._distributed.Client(address, timeout=_PATIENCE_S)
         except (OSError, TimeoutError, ValueError) as error:
             raise ClusterError(
-                f"run.cluster: no Dask scheduler answers at {address} ({error}). Start one (dask scheduler), "
-                "correct the address, or leave run.cluster out for a cluster on this machine."
+                f"run.cluster: what answers at {address} is no Dask scheduler of these versions: {error}"
             ) from error
         try:
             client.wait_for_workers(1, timeout=_PATIENCE_S)

@@ -43,7 +43,7 @@ def wanted_scores(
         near = [path.name for path in include.parent.iterdir() if path.is_dir()] if include.parent.is_dir() else []
         raise TaskError(f"--include: {include} is not a directory.{did_you_mean(include.name, near)}")
     definition_digest(include)
-    settings = ScoringSettings(limit, shots, session.params.run.batch_size, session.params.seed)
+    settings = ScoringSettings(limit, shots, session.training_batch, session.params.seed)
     return WantedScores(names, include and include.resolve(), settings)
 
 

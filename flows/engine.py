@@ -133,8 +133,9 @@ class Engine(ABC):
                 values[index] = self.task(job.body, *job.args, name=job.name)
             else:
                 missing[index] = job
-        for job in list(missing.values())[:1]:
-            self.observer.task_started(job.name)
+        if missing:
+            self.pool.start()
+            self.observer.task_started(next(iter(missing.values())).name)
         for index, outcome in self._run_jobs(missing, self.pool):
             values[index] = outcome.value
             self._count(missing[index].name, outcome)

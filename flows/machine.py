@@ -58,7 +58,7 @@ def _sample(session: Session) -> Sample:
         checkpoint=session.checkpoint,
         dtype=model.torch_dtype,
         device=session.context.device,
-        batch_size=params.run.batch_size,
+        batch_size=session.batch_size,
         length=params.calibrate.length,
         blocks=block_shapes(session),
         sides=tuple(sorted(sides)) or (1,),

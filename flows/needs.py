@@ -2,18 +2,21 @@
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from flows.dry_run import DryRun, Step
+from flows.needs_gpu import Split, split_by_body
 from flows.params import EngineName
+from flows.pool import Runner
 from flows.session import Session
 from flows.work import WorkModel
 from flows.work_after import exported_bytes
 from flows.work_recovery import recovery_gib
+from surgeon.choices import Device
 from surgeon.correction.adapters import AdapterSettings
 from surgeon.errors import ParameterError, StoreError
 from surgeon.memory import solve_gib
@@ -26,8 +29,9 @@ from tasks.evaluation import evaluation_task, sample_task
 from tasks.export import export_task
 from tasks.layer_costs import block_cost_task
 from tasks.layers import losses_task, similarity_task, sub_layer_task
-from tasks.measuring import curvature_task
+from tasks.measuring import boundary_task, curvature_task
 from tasks.recovery import recovered_task
+from tasks.reducing import reduction_task
 from tasks.refining import kronecker_terms_task, moments_task
 from tasks.selection import dropped_task
 from tasks.training import training_task
@@ -40,6 +44,11 @@ _CHILD_GIB = 0.36
 """That of a process with torch and transformers alone (measured)."""
 _KEY_VALUE_COPIES = 2
 """Keys and values of a batch while a cache grows: before and after a token is added."""
+_SIDE_BY_SIDE = (
+    *(boundary_task, curvature_task, reduction_task, cost_task, update_task),
+    *(sub_model_task, block_cost_task),
+)
+"""Tasks that workers run at the same time."""
 _PASSES = (curvature_task, moments_task, kronecker_terms_task)
 
 
@@ -51,11 +60,13 @@ class MemoryNeeds:
         idle: of the run's own process before it does anything.
         by_stage: of the run's own process, by row of the plan.
         children: of the processes it starts, by what for: all that run at the same time together.
+        on_gpu: memory of a GPU, by row of the plan; empty where none is used.
     """
 
     idle: float
     by_stage: Mapping[str, float]
     children: Mapping[str, float]
+    on_gpu: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def own(self) -> float:
@@ -88,25 +99,38 @@ class Needs:
     def to_json(self) -> dict[str, Any]:
         """For scripts (docs/planning.md)."""
         return {
-            "memory_gib": {"own": self.memory.own, **self.memory.children},
+            "memory_gib": {"own": self.memory.own, **self.memory.children, **self._gpu()},
             "disk_gib": {need.what: need.n_bytes / GIB for need in self.disk},
         }
+
+    def _gpu(self) -> dict[str, float]:
+        return {"gpu": max(self.memory.on_gpu.values())} if self.memory.on_gpu else {}
 
 
 def memory_needs(session: Session, steps: Sequence[Step]) -> MemoryNeeds:
     """The peak of each row of the plan, and of the processes that are started."""
     by_stage: dict[str, float] = {}
     children: dict[str, float] = {}
+    on_gpu: dict[str, float] = {}
     needs, export_bytes = _by_body(session), exported_bytes(session)
+    splits, is_gpu = split_by_body(session), session.device == Device.CUDA
     idle = _OWN_GIB[session.params.run.engine]
     for step in steps:
-        row = step.row
-        by_stage[row] = max(by_stage.get(row, 0.0), idle + needs.get(step.body, lambda: 0.0)())
+        row, whole = step.row, needs.get(step.body, lambda: 0.0)()
+        split = splits[step.body]() if step.body in splits else Split(whole, whole if is_gpu else 0.0)
+        run = session.params.run
+        at_once = run.workers if step.body in _SIDE_BY_SIDE and run.runner is Runner.THREADS else 1
+        elsewhere = step.body in _SIDE_BY_SIDE and run.runner is not Runner.THREADS
+        by_stage[row] = max(by_stage.get(row, 0.0), idle + (0.0 if elsewhere else at_once * split.host))
+        if elsewhere and run.cluster is None:
+            children["workers"] = max(children.get("workers", 0.0), run.workers * (_CHILD_GIB + split.host))
+        if split.gpu:
+            on_gpu[row] = max(on_gpu.get(row, 0.0), split.gpu)
         if step.body is export_task:
             children["load back"] = _CHILD_GIB + export_bytes / GIB
         if step.body is benchmark_task and session.params.benchmark.rounds:
             children["benchmark"] = _benchmark_gib(session, export_bytes)
-    return MemoryNeeds(idle, by_stage, children)
+    return MemoryNeeds(idle, by_stage, children, on_gpu)
 
 
 def _by_body(session: Session) -> dict[Any, Callable[[], float]]:
@@ -200,7 +224,8 @@ def require_memory(session: Session, needs: MemoryNeeds, available_gib: float | 
     """Refuses a run that takes more memory than there is.
 
     Args:
-        session: `run.memory_gib` of its parameters, if given, is the limit of what runs block by block.
+        session: `run.memory_gib` of its parameters, if given, is the limit of what runs block by block, of the GPU's
+            memory where there is one; it also says how much of that is free.
         needs: of the run.
         available_gib: what is available; None asks the system.
 
@@ -208,6 +233,9 @@ def require_memory(session: Session, needs: MemoryNeeds, available_gib: float | 
         ParameterError: naming what needs how much, and what to lower.
     """
     given = session.params.run.memory_gib
+    if needs.on_gpu:
+        _require_gpu_memory(needs, given, session.free_bytes(session.device) / GIB)
+        given = None
     available = _available_gib() if available_gib is None else available_gib
     here = f"{available:.1f} GiB are available"
     for stage, need in needs.by_stage.items():
@@ -221,6 +249,18 @@ def require_memory(session: Session, needs: MemoryNeeds, available_gib: float | 
     for name, need in needs.children.items():
         if need > available:
             raise ParameterError(f"{name} needs about {_gib(need)} GiB, but {here}. {_CHILD_ADVICE[name]}")
+
+
+def _require_gpu_memory(needs: MemoryNeeds, given: float | None, free_gib: float) -> None:
+    for stage, need in needs.on_gpu.items():
+        bound = given is not None and stage in _ADVICE
+        limit = given if bound and given is not None else free_gib
+        if need > limit:
+            there = f"the budget is {limit:g} GiB" if bound else f"{limit:.1f} GiB of it are free"
+            raise ParameterError(
+                f"run.memory_gib: {stage} needs about {_gib(need)} GiB of the GPU's memory, but {there}. "
+                f"{(_ADVICE | _WHOLE_ADVICE).get(stage, _WHOLE)}"
+            )
 
 
 def _gib(value: float) -> str:
@@ -254,6 +294,8 @@ _WHOLE_ADVICE = {
 """Of what does not run block by block, so that run.memory_gib does not bound it."""
 _WHOLE = "The whole model is in memory there: use model.dtype=bfloat16 or prune.correction=none, or give more memory."
 _CHILD_ADVICE = {
+    "workers": "Each of run.workers holds a group of blocks: lower run.workers or run.blocks_per_group, or give more "
+    "memory.",
     "load back": "The export is loaded whole to be checked: use export.dtype=bfloat16, or give more memory.",
     "benchmark": "Both models are held at once: lower benchmark.batch_sizes or benchmark.prompt, or leave the "
     "measurement out with benchmark.rounds=0.",

@@ -35,7 +35,8 @@ def open_session(root: Path, params: Params, quiet: bool) -> Iterator[Session]:
         shown = _shown(params, display)
         pool = open_pool(params.run)
         engine = PrefectEngine(root, shown, pool) if params.run.engine == "prefect" else InlineEngine(shown, pool)
-        session = Session(params, Workspace(root, params.run.store), engine, shown.say, shown.warn)
+        workspace = Workspace(root, params.run.store, params.run.cache)
+        session = Session(params, workspace, engine, shown.say, shown.warn)
         try:
             with _threads(threads_of(params.run)):
                 yield session

@@ -20,7 +20,7 @@ from flows.params_section import Integer, Number, Positive, Section, Word
 from flows.params_text import TextParams
 from flows.params_yaml import apply_override, read_yaml
 from flows.pool import Runner
-from surgeon.choices import Device, Dtype, ExportLayout, Keep, SequenceOrder
+from surgeon.choices import Device, Dtype, ExportLayout, Keep, Precision, SequenceOrder
 from surgeon.errors import ParameterError
 
 
@@ -97,11 +97,13 @@ class RunParams(Section):
     threads: Positive | None = None
     shards: Positive = 1
     device: Device = Device.AUTO
-    batch_size: Positive = 4
+    precision: Precision = Precision.FLOAT32
+    batch_size: Positive | None = None
     blocks_per_group: Positive | None = None
     memory_gib: Annotated[Number, Field(gt=0)] | None = None
     keep: Keep = Keep.LAST
     store: Word | None = None
+    cache: Word | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -116,6 +118,10 @@ class RunParams(Section):
                 "no_effect",
                 "cluster has no effect with runner: {runner}, which works on this machine alone; use dask or ray",
                 {"runner": self.runner.value},
+            )
+        if self.precision is Precision.TF32 and self.device is Device.CPU:
+            raise PydanticCustomError(
+                "no_effect", "precision tf32 has no effect on a CPU, only on a CUDA device; use float32"
             )
         return self
 
@@ -136,6 +142,13 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.run.precision is Precision.TF32 and self.model.dtype is not Dtype.FLOAT32:
+            raise PydanticCustomError(
+                "no_effect",
+                "run.precision tf32 has no effect with model.dtype {dtype}, whose products are of that dtype; set "
+                "run.precision to float32, or model.dtype to float32",
+                {"dtype": self.model.dtype.value},
+            )
         calibrate, evaluate, recovery = self.calibrate.text, self.evaluate.text, self.recovery.text
         if recovery is not None and (recovery.source, recovery.split) == (evaluate.source, evaluate.split):
             raise PydanticCustomError(

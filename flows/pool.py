@@ -5,6 +5,7 @@ need no way to its server: they need the store, the model and the same versions 
 """
 
 import os
+import socket
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -15,13 +16,16 @@ from enum import StrEnum
 from multiprocessing import get_context
 from typing import Any
 
-from surgeon.errors import WorkerLostError
+from surgeon.errors import ClusterError, WorkerLostError
 from tasks.remote import Call, fingerprint, run_call
 from tasks.stage import Outcome
 
+_PRELOADED = ["tasks.measuring", "tasks.reducing", "tasks.costs", "tasks.update", "transformers.models.llama"]
 ATTEMPTS = 4
 """How often a task is begun before those that compute it are given up."""
 _WATCH_EVERY_S = 1.0
+_PATIENCE_S = 5.0
+"""How long a cluster may take to accept a connection."""
 
 
 class Runner(StrEnum):
@@ -45,6 +49,9 @@ class Pool(ABC):
         self.workers = workers
         self.threads = threads
         self._lock = threading.Lock()
+
+    def start(self) -> None:  # noqa: B027 - most need nothing
+        """Starts workers that are needed now. Called by the thread that runs the flow, which outlives them."""
 
     @abstractmethod
     def run(self, body: Callable[..., Outcome[Any]], args: tuple[Any, ...]) -> Outcome[Any]:
@@ -101,9 +108,10 @@ class ProcessPool(Pool):
     def _open(self) -> ProcessPoolExecutor:
         with self._lock:
             if self._processes is None:
-                self._processes = ProcessPoolExecutor(
-                    self.workers, get_context("spawn"), initializer=end_with_parent, initargs=(os.getpid(),)
-                )
+                # Forked from one process that has imported everything, so they start at once and share those pages.
+                context = get_context("forkserver")
+                context.set_forkserver_preload(_PRELOADED)
+                self._processes = ProcessPoolExecutor(self.workers, context, initializer=end_with_parent)
             return self._processes
 
     def _replace(self, broken: ProcessPoolExecutor) -> None:
@@ -114,8 +122,32 @@ class ProcessPool(Pool):
         broken.shutdown(wait=False, cancel_futures=True)
 
 
-def end_with_parent(parent: int) -> None:
+def require_answer(address: str, start: str) -> None:
+    """Refuses an address of a cluster at which nothing listens: libraries would try again for minutes.
+
+    Args:
+        address: "host:port", with or without a scheme in front.
+        start: how to start what should be there, for the message.
+
+    Raises:
+        ClusterError: the address has no port, or nothing answers within seconds.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE_S):
+            return
+    except ValueError as error:
+        raise ClusterError(f"run.cluster: {address} is no address; give host:port") from error
+    except OSError as error:
+        raise ClusterError(
+            f"run.cluster: nothing answers at {address} ({error}). Start it ({start}), correct the address, or leave "
+            "run.cluster out for a cluster on this machine."
+        ) from error
+
+
+def end_with_parent() -> None:
     """Makes this process end when the one that started it does, however that ends."""
+    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

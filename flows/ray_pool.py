@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from flows.pool import ATTEMPTS, Pool, lost
+from flows.pool import ATTEMPTS, Pool, lost, require_answer
 from surgeon.errors import ClusterError
 from tasks.remote import run_call
 from tasks.stage import Outcome
@@ -43,6 +43,10 @@ class RayPool(Pool):
         if address is not None:
             self._open()
 
+    def start(self) -> None:
+        """Starts the cluster. Its processes end with the thread that started them, so it must be the flow's."""
+        self._open()
+
     def run(self, body: Callable[..., Outcome[Any]], args: tuple[Any, ...]) -> Outcome[Any]:
         """Runs a task on one of the workers."""
         run = self._open()
@@ -73,12 +77,12 @@ class RayPool(Pool):
                         "include_dashboard": False,
                         "object_store_memory": _OBJECTS_BYTES,
                     }
+                elif self.address != "auto":
+                    require_answer(self.address, "ray start --head")
                 try:
                     self._ray.init(address=self.address or "local", **options)
                 except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-                    raise ClusterError(
-                        f"run.cluster: no Ray cluster answers at {self.address} ({error}). Start one (ray start "
-                        "--head), correct the address, or leave run.cluster out for a cluster on this machine."
-                    ) from error
+                    place = self.address or "this machine"
+                    raise ClusterError(f"run.cluster: Ray does not start at {place}: {error}") from error
                 self._run = self._ray.remote(num_cpus=1, max_retries=ATTEMPTS - 1)(run_call)
             return self._run

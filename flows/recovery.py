@@ -63,7 +63,7 @@ def recover(session: Session, state: ModelState) -> Recovered:
 def recovery_settings(session: Session) -> RecoverySettings:
     """How the parameters train."""
     given = session.params
-    return given.recovery.settings(batch_size=given.run.batch_size, seed=given.seed)
+    return given.recovery.settings(batch_size=session.training_batch, seed=given.seed)
 
 
 def recovery_text(session: Session) -> TextSpec:

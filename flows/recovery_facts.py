@@ -36,7 +36,7 @@ def recovery_facts(
     return {
         "method": settings.method.value,
         "accepted": best is not None,
-        "parameters": given.recovery.resolved(batch_size=given.run.batch_size, seed=given.seed),
+        "parameters": given.recovery.resolved(batch_size=session.training_batch, seed=given.seed),
         "steps": stop,
         "stopped_early": stop < settings.steps,
         "best_step": 0 if best is None else segments[best]["stop"],
@@ -68,7 +68,7 @@ def untouched_facts(session: Session, state: ModelState) -> dict[str, Any]:
     return {
         "method": Recovery.NONE.value,
         "accepted": None,
-        "parameters": given.recovery.resolved(batch_size=given.run.batch_size, seed=given.seed),
+        "parameters": given.recovery.resolved(batch_size=session.training_batch, seed=given.seed),
         "state": state.to_json(),
         "pruned_digest": state.digest,
         "weights_digest": state.digest,

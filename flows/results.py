@@ -32,6 +32,8 @@ def provenance(session: Session) -> dict[str, Any]:
         "seed": session.params.seed,
         "device": session.context.device,
         "batch_size": session.context.batch_size,
+        "batch_size_asked": session.params.run.batch_size,
+        "precision": session.context.precision.value,
         "versions": {
             "surgeon": __version__,
             "python": platform.python_version(),

@@ -7,19 +7,20 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
-import psutil
 import torch
 
+from flows.batching import CPU_BATCH, asked_batch, halve, known_limits
 from flows.checks import check_pruning
 from flows.engine import Engine
 from flows.goal import Goal, find_goal
 from flows.params import Params, RunParams
 from flows.restoring import refill
 from flows.workspace import Workspace
-from surgeon.choices import Device, Structure
+from surgeon.choices import Device, Precision, Structure
 from surgeon.correction.adapters import AdapterSettings
 from surgeon.curvature.spec import CurvatureSpec, Statistic
-from surgeon.errors import CorruptObjectError, EvictedError, ParameterError
+from surgeon.devices import free_bytes
+from surgeon.errors import BatchMemoryError, CorruptObjectError, EvictedError, ParameterError
 from surgeon.memory import MemoryEstimate, blocks_that_fit
 from surgeon.models import Checkpoint, resolve_model
 from surgeon.recipe import Recipe
@@ -33,6 +34,8 @@ T = TypeVar("T")
 _COMMAND_LENGTH = 200
 MEMORY_SHARE = 0.6
 """Part of the available memory a run takes when run.memory_gib is not given."""
+GPU_MEMORY_SHARE = 0.8
+"""The same of a GPU, which other programs leave alone."""
 _MOST_DROPPED = 20
 """How often a stage goes on after another run has dropped what it was reading."""
 
@@ -50,6 +53,7 @@ class Session:
         keeps_first_shot: whether what the first shot measured stays whatever `run.keep` says, because other sessions
             start from the same model.
         block_times: what the target was turned into a fraction with, if that was measured.
+        free_bytes: memory that can still be taken of a kind of device.
     """
 
     params: Params
@@ -59,6 +63,7 @@ class Session:
     warn: Callable[[str], None] = lambda _line: None
     keeps_first_shot: bool = False
     block_times: Reference | None = None
+    free_bytes: Callable[[str], int] = free_bytes
     _calibrations: dict[SequenceSpec, Reference] = field(default_factory=dict)
 
     @cached_property
@@ -95,7 +100,7 @@ class Session:
             learning_rate=given.learning_rate,
             epochs=given.epochs,
             fraction=given.fraction,
-            batch_size=self.params.run.batch_size,
+            batch_size=self.training_batch,
             seed=self.params.seed,
         )
 
@@ -130,32 +135,72 @@ class Session:
             return (Device.CUDA if torch.cuda.is_available() else Device.CPU).value
         return wanted.value
 
+    @property
+    def precision(self) -> Precision:
+        """Of products of float32 matrices in passes.
+
+        Raises:
+            ParameterError: TensorFloat-32 was asked for, and models run on a CPU.
+        """
+        wanted = self.params.run.precision
+        if wanted is Precision.TF32 and self.device == Device.CPU:
+            raise ParameterError(
+                "run.precision: tf32 has no effect on a CPU, only on a CUDA device, and there is none; use float32"
+            )
+        return wanted
+
+    @cached_property
+    def batch_size(self) -> int:
+        """Sequences at a time: as asked for or chosen, and no more than memory was found to hold."""
+        asked = asked_batch(self)
+        return min(asked, known_limits(self).get("batch_size", asked))
+
+    @property
+    def training_batch(self) -> int:
+        """Sequences at a time where the whole model is held with what training needs."""
+        return min(self.params.run.batch_size or CPU_BATCH, self.batch_size)
+
+    @property
+    def memory_budget_gib(self) -> float:
+        """Memory that passes of one worker may take, of the machine or, where they run on a GPU, of that."""
+        run = self.params.run
+        on_gpu = self.device == Device.CUDA
+        share = GPU_MEMORY_SHARE if on_gpu else MEMORY_SHARE / (run.workers if run.cluster is None else 1)
+        return run.memory_gib or share * self.free_bytes(self.device) / 2**30
+
     @cached_property
     def context(self) -> Context:
         """Store, model and execution settings for tasks."""
         run = self.params.run
-        device = self.device
+        device, precision, batch_size = self.device, self.precision, self.batch_size
         _ = self.presence
-        Store(self.workspace.store).clear_stale_tmp()
+        self.workspace.store.open().clear_stale_tmp()
         refill(self.workspace, self.say)
         return Context(
             store=self.workspace.store,
             model=self.model,
             device=device,
-            batch_size=run.batch_size,
-            blocks_per_group=run.blocks_per_group or self._blocks_per_group(),
+            batch_size=batch_size,
+            blocks_per_group=run.blocks_per_group or self._blocks_per_group(batch_size),
             threads=threads_of(run) if device == Device.CPU.value else None,
+            precision=precision,
         )
+
+    def adopt(self, context: Context) -> None:
+        """Goes on with other settings of execution."""
+        self.__dict__["context"] = context
+        self.__dict__["batch_size"] = context.batch_size
+        self.__dict__.pop("adapters", None)
 
     @cached_property
     def store(self) -> Store:
         """The store of the run."""
-        return Store(self.context.store)
+        return self.context.store.open()
 
     @cached_property
     def presence(self) -> Presence:
         """Keeps `surgeon clean` off the store for as long as the session lives."""
-        return Presence(self.workspace.store, " ".join(["surgeon", *sys.argv[1:]])[:_COMMAND_LENGTH], self.say)
+        return Presence(self.workspace.store.root, " ".join(["surgeon", *sys.argv[1:]])[:_COMMAND_LENGTH], self.say)
 
     def close(self) -> None:
         """Gives the store free, if it was used."""
@@ -164,7 +209,7 @@ class Session:
 
     def register(self) -> None:
         """Writes into the store that the workspace names results in it, so that `surgeon clean` asks it."""
-        register(self.workspace.store, self.workspace.home)
+        register(self.workspace.store.root, self.workspace.home)
 
     @property
     def dense(self) -> ModelState:
@@ -183,17 +228,21 @@ class Session:
             self.engine,
             self.say,
             self.warn,
+            free_bytes=self.free_bytes,
             keeps_first_shot=True,
             _calibrations=self._calibrations,
         )
-        shared = ["checkpoint", "model", "context", *(["windows"] if params.seed == self.params.seed else [])]
+        shared = ["checkpoint", "model", "context", "batch_size"]
+        shared += ["windows"] if params.seed == self.params.seed else []
         other.__dict__.update({name: getattr(self, name) for name in shared})
         return other
 
     def rehearsal(self, engine: Engine, store: Store) -> "Session":
         """A session of the same run that looks at another store, and shares nothing that a task has made."""
         other = replace(self, engine=engine, _calibrations={})
-        other.__dict__.update(checkpoint=self.checkpoint, model=self.model, context=self.context, store=store)
+        other.__dict__.update(
+            checkpoint=self.checkpoint, model=self.model, context=self.context, batch_size=self.batch_size, store=store
+        )
         return other
 
     def sequence_spec(self, shot: int = 1) -> SequenceSpec:
@@ -228,7 +277,6 @@ class Session:
         require_separate(self.sequence_spec().text, self.window_spec().text)
         if is_pruned:
             check_pruning(self)
-        self.workspace.store.mkdir(parents=True, exist_ok=True)
         _ = self.context
 
     def stage(self, name: str, body: Callable[[], T], repair: Callable[[], object] = lambda: None) -> T:
@@ -236,7 +284,7 @@ class Session:
         return self.engine.stage(name, lambda: self.healed(body, repair))
 
     def healed(self, body: Callable[[], T], repair: Callable[[], object] = lambda: None) -> T:
-        """Does something, again if a result that it reads turns out to be damaged or is dropped meanwhile.
+        """Does something, again if what it reads is damaged or dropped meanwhile, or a batch does not fit.
 
         The store has moved a damaged result aside, so whatever needs it finds it missing and computes it; nothing else
         is computed again. A result is dropped by another run on the same store, which has finished what it is for.
@@ -250,6 +298,7 @@ class Session:
         """
         damaged: set[str] = set()
         dropped = 0
+        failed: BatchMemoryError | None = None
         while True:
             try:
                 if damaged:
@@ -261,6 +310,8 @@ class Session:
                 damaged.add(error.key)
                 self.warn(f"{error} It is computed again.")
                 self._forget_texts()
+            except BatchMemoryError as error:
+                failed = error
             except EvictedError:
                 dropped += 1
                 if dropped > _MOST_DROPPED:
@@ -268,6 +319,9 @@ class Session:
             except WorkLeftError:
                 self._forget_texts()
                 raise
+            if failed is not None:
+                halve(self, failed)
+                failed = None
 
     def _forget_texts(self) -> None:
         """Asks for sequences and windows anew when they are needed next."""
@@ -288,24 +342,30 @@ class Session:
         first = self.calibration()
         return self.engine.task(windows_task, self.context, self.window_spec(), first, name="evaluation/windows")
 
-    def memory_estimate(self, blocks_per_group: int) -> MemoryEstimate:
-        """Expected peak memory of a curvature pass."""
+    def memory_estimate(self, blocks_per_group: int, batch_size: int | None = None) -> MemoryEstimate:
+        """Expected peak memory of a curvature pass; sequences at a time are those of the session if not given."""
+        batch_size = self.batch_size if batch_size is None else batch_size
         return MemoryEstimate.of(
             blocks=self.model.shapes(),
             measured=self.model.shapes(self.measured_linears if self.model.couplings else None),
             n_trunk=self.model.n_parameters - self.model.n_weights,
             width=self.model.width,
             n_vocabulary=self.model.n_vocabulary,
-            batch_tokens=self.params.run.batch_size * max(self.params.calibrate.length, self.params.evaluate.length),
+            batch_tokens=batch_size * max(self.params.calibrate.length, self.params.evaluate.length),
             pass_tokens=self.params.calibrate.sequences * self.params.calibrate.length,
             dtype_bytes=self.model.torch_dtype.itemsize,
             blocks_per_group=blocks_per_group,
             factor_copies=_factor_copies(self.recipe.curvature),
         )
 
-    def _blocks_per_group(self) -> int:
-        budget = self.params.run.memory_gib or MEMORY_SHARE * psutil.virtual_memory().available / 2**30
-        return blocks_that_fit(self.memory_estimate, self.model.n_blocks, budget)
+    def _blocks_per_group(self, batch_size: int) -> int:
+        most = known_limits(self).get("blocks_per_group", self.model.n_blocks)
+        on_gpu = self.device == Device.CUDA
+
+        def estimate(blocks_per_group: int) -> MemoryEstimate:
+            return self.memory_estimate(blocks_per_group, batch_size)
+
+        return blocks_that_fit(estimate, most, self.memory_budget_gib, on_gpu=on_gpu)
 
 
 def threads_of(run: RunParams) -> int | None:

@@ -45,7 +45,7 @@ def recovery_found(session: Session) -> dict[str, Any]:
     if given.recovery.method is Recovery.NONE:
         return untouched_facts(session, pruned)
     found = stage_facts(session, "recovery")
-    wanted = given.recovery.resolved(batch_size=given.run.batch_size, seed=given.seed)
+    wanted = given.recovery.resolved(batch_size=session.training_batch, seed=given.seed)
     if found["pruned_digest"] != pruned.digest or found["parameters"] != wanted:
         raise InputError(
             "the last recovery stage ran on another pruned model, or with other parameters: run `surgeon recovery` "

@@ -28,6 +28,7 @@ from tasks.measuring import GroupWork, boundary_task, curvature_task
 from tasks.reducing import reduction_task
 from tasks.refining import kronecker_terms_task, moments_task
 from tasks.stage import Outcome, Request, readable
+from tasks.writing import writing_behind
 
 _REDUCTION = "reduction"
 _SECOND_LEVEL_TASKS = {Statistic.MOMENTS: moments_task, Statistic.KRONECKER_TERMS: kronecker_terms_task}
@@ -109,14 +110,16 @@ class BlockStatistics:
             blocks: whose.
             first: counts tasks that need not run as reused; for the first call of a shot.
         """
-        for group in reversed(self.context.groups):
-            ran = self._ensure_group(group, tuple(b for b in group if b in blocks))
-            if first:
-                names = [name for kind in self._kinds() if kind not in ran for name in self._names(group, kind)]
-                if self._is_sharded and _REDUCTION not in ran:
-                    names += [self._reduction(b) for b in group]
-                if names:
-                    self.session.engine.reuse(names)
+        # What is computed from statistics reads them at once; else the next pass need not wait until they are written.
+        with writing_behind(self.context.device, wanted=not self._second and not self._is_sharded):
+            for group in reversed(self.context.groups):
+                ran = self._ensure_group(group, tuple(b for b in group if b in blocks))
+                if first:
+                    names = [name for kind in self._kinds() if kind not in ran for name in self._names(group, kind)]
+                    if self._is_sharded and _REDUCTION not in ran:
+                        names += [self._reduction(b) for b in group]
+                    if names:
+                        self.session.engine.reuse(names)
 
     def _ensure_group(self, group: range, blocks: tuple[int, ...]) -> set[str]:
         """Runs what is missing of one group, and returns the kinds of the tasks that ran."""

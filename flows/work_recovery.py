@@ -35,7 +35,7 @@ def recovery_works(session: Session) -> dict[Callable[..., Any], Callable[..., W
 def recovery_gib(session: Session) -> float:
     """What training holds at its peak, and the arrays of a segment while they are stored."""
     given = session.params
-    settings = given.recovery.settings(batch_size=given.run.batch_size, seed=given.seed)
+    settings = given.recovery.settings(batch_size=session.training_batch, seed=given.seed)
     n_trained = _n_trained(session, settings)
     memory = TrainingMemory.of(
         session.model.shapes(),
@@ -53,7 +53,7 @@ def recovery_bytes(session: Session, kind: str) -> int:
     given = session.params
     if kind not in ("training", "corpus"):
         return 0
-    settings = given.recovery.settings(batch_size=given.run.batch_size, seed=given.seed)
+    settings = given.recovery.settings(batch_size=session.training_batch, seed=given.seed)
     if kind == "training":
         return _STATE_BYTES * _n_trained(session, settings)
     rows = settings.steps * settings.rows_per_step + settings.validation_rows

@@ -251,6 +251,13 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class Precision(StrEnum):
+    """Of products of float32 matrices in passes on a GPU: float32, or TensorFloat-32 with 10 bits of mantissa."""
+
+    FLOAT32 = "float32"
+    TF32 = "tf32"
+
+
 class Keep(StrEnum):
     """Which shots keep the large payloads of their stored results: only the last one, all of them, or none."""
 

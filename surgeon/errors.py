@@ -33,6 +33,10 @@ class StoreError(InputError):
     """A store cannot be used: another version, no space, not a store."""
 
 
+class BucketError(StoreError):
+    """A bucket does not answer, or refuses what is asked of it."""
+
+
 class ServerError(InputError):
     """A server that is to show and record the run does not answer, or cannot be used."""
 
@@ -75,6 +79,10 @@ class NonFiniteError(SurgeonError):
 
 class MemoryShortageError(SurgeonError):
     """A computation ran out of memory; the message names the settings to lower. What was finished before is kept."""
+
+
+class BatchMemoryError(MemoryShortageError):
+    """A GPU had not enough memory for work that takes less of it with fewer sequences at a time."""
 
 
 class NumericalError(SurgeonError):

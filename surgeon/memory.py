@@ -39,6 +39,19 @@ class MemoryEstimate:
         return (self.trunk + self.weights + self.factors + self.activations + self.head + self.boundaries) / _GIB
 
     @property
+    def device_gib(self) -> float:
+        """What of it is on a GPU, where there is one, in GiB: all but the hidden states that groups hand over."""
+        return self.total_gib - self.boundaries / _GIB
+
+    @property
+    def host_gib(self) -> float:
+        """What the machine holds where passes run on a GPU, in GiB.
+
+        Hidden states of all sequences, weights on their way in, and factors on their way out.
+        """
+        return (self.boundaries + self.weights + self.factors) / _GIB
+
+    @property
     def evaluation_gib(self) -> float:
         """The same for an evaluation, which forms no factors and keeps nothing for a backward pass, in GiB."""
         head = self.head * _EVALUATION_HEAD_COPIES // _HEAD_COPIES
@@ -106,16 +119,29 @@ def solve_gib(block: Sequence[tuple[int, int]], measured: Sequence[tuple[int, in
     return (2 * weights + solved) / _GIB
 
 
-def blocks_that_fit(estimate: Callable[[int], MemoryEstimate], n_blocks: int, budget_gib: float) -> int:
+def blocks_that_fit(
+    estimate: Callable[[int], MemoryEstimate], n_blocks: int, budget_gib: float, *, on_gpu: bool = False
+) -> int:
     """The largest number of blocks per group whose estimate stays within a budget.
+
+    Args:
+        estimate: by the number of blocks per group.
+        n_blocks: of the model.
+        budget_gib: memory that may be taken: of the machine, or of a GPU.
+        on_gpu: whether it is that of a GPU.
 
     Raises:
         ParameterError: if not even one block fits.
     """
+
+    def needed(blocks_per_group: int) -> float:
+        made = estimate(blocks_per_group)
+        return made.device_gib if on_gpu else made.total_gib
+
     for blocks_per_group in range(n_blocks, 0, -1):
-        if estimate(blocks_per_group).total_gib <= budget_gib:
+        if needed(blocks_per_group) <= budget_gib:
             return blocks_per_group
     raise ParameterError(
-        f"run.memory_gib: one block at a time needs about {estimate(1).total_gib:.1f} GiB and the budget is "
+        f"run.memory_gib: one block at a time needs about {needed(1):.1f} GiB and the budget is "
         f"{budget_gib:.1f} GiB. Lower run.batch_size or calibrate.length, or give more memory."
     )

@@ -16,6 +16,7 @@ from surgeon.bonsai.settings import BonsaiSettings
 from surgeon.bonsai.utility import token_batches
 from surgeon.choices import Allocation
 from surgeon.passes.curvature import TokenArray
+from surgeon.precision import float32_products
 from surgeon.pruning.units import SubLayer
 from surgeon.shortage import memory_advice
 from surgeon.store import Reference
@@ -203,7 +204,8 @@ def opened_round(context: Context, work: Round) -> Iterator[OpenRound]:
         if key != _Resident.key or _Resident.opened is None:
             close_round()
             _Resident.opened, _Resident.key = _open(context, work), key
-        yield _Resident.opened
+        with float32_products(context.precision):
+            yield _Resident.opened
 
 
 def close_round() -> None:

@@ -3,16 +3,17 @@
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from surgeon.choices import Precision
+from surgeon.devices import place_of
 from surgeon.models import BlockCouplings, Checkpoint, build_skeleton, count_parameters, discover
 from surgeon.passes.groups import block_groups
-from surgeon.store import Reference
+from surgeon.store import Reference, StorePlace
 
 
 @dataclass(frozen=True)
@@ -130,21 +131,23 @@ class Context:
     """Where results go and how work is executed.
 
     Attributes:
-        store: directory of the store.
+        store: where it is.
         model: the model.
         device: "cpu" or "cuda".
         batch_size: sequences at a time; it changes the last bits of results and so is part of their keys.
         blocks_per_group: blocks held in memory at a time; does not change results.
         threads: of torch on a CPU, where that was chosen: libraries round in another way with another number, so it is
             part of keys. None is as many as the machine has.
+        precision: of products of float32 matrices in passes on a GPU.
     """
 
-    store: Path
+    store: StorePlace
     model: ModelSpec
     device: str
     batch_size: int
     blocks_per_group: int
     threads: int | None = None
+    precision: Precision = Precision.FLOAT32
 
     @property
     def arithmetic(self) -> str:
@@ -153,8 +156,13 @@ class Context:
 
     @property
     def dtype(self) -> str:
-        """Of the model: what results are computed in."""
-        return self.model.dtype
+        """What passes compute in: the dtype of the model, or "tf32" for float32 with products of TensorFloat-32."""
+        return self.precision.value if self.precision is Precision.TF32 else self.model.dtype
+
+    @property
+    def place(self) -> str:
+        """The device itself: "cpu", or the GPU that this process has claimed, such as "cuda:1"."""
+        return place_of(self.device)
 
     @property
     def groups(self) -> list[range]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from surgeon.correction.adapters import AdapterResult, AdapterSettings, train_adapters
-from surgeon.store import Reference, Store
+from surgeon.store import Reference
 from tasks.context import Context, ModelState
 from tasks.progress import report
 from tasks.stage import Outcome, Product, Request, Stage, produce_all, read_arrays
@@ -71,7 +71,7 @@ def _live_weights(context: Context, state: ModelState, block: int) -> dict[str, 
     """Which weights of the linears of a block live, `[n_out, n_in]` bool by full name."""
     prefix = f"{context.model.blocks_path}.{block}"
     sets = read_live_sets(context, state, block)
-    return {f"{prefix}.{name}": live.alive().to(context.device) for name, live in sets.items()}
+    return {f"{prefix}.{name}": live.alive().to(context.place) for name, live in sets.items()}
 
 
 def _corrected(context: Context, state: ModelState, block: int, result: AdapterResult) -> Product:
@@ -80,7 +80,7 @@ def _corrected(context: Context, state: ModelState, block: int, result: AdapterR
     assert update is not None, "every block has been updated before it is corrected"
     key = update.key
     arrays: dict[str, Any] = read_arrays(context, key)
-    attributes = Store(context.store).open(key).attributes
+    attributes = context.store.open().open(key).attributes
     linears = {}
     for shape in context.model.blocks[block]:
         full_name = f"{context.model.blocks_path}.{block}.{shape.name}.weight"

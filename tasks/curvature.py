@@ -16,7 +16,8 @@ from surgeon.curvature.factors import EigenMoments, KroneckerTerms, LinearFactor
 from surgeon.curvature.spec import CurvatureSpec, Statistic
 from surgeon.passes.groups import shards
 from surgeon.passes.targets import EMPIRICAL, TokenTargets
-from surgeon.store import Reference, Store, StoredObject
+from surgeon.store import Layout, Reference, Store, StoredObject, SymmetricMatrix
+from surgeon.transfer import symmetric_to
 from tasks.context import Context, ModelState
 from tasks.stage import Request, Stage
 
@@ -154,7 +155,7 @@ def find_statistic(
 ) -> Reference | None:
     """The reference of a statistic that was computed once, whether or not its arrays are still there."""
     request = statistic_request(context, measured, statistic, block, store)
-    return None if request is None else (store or Store(context.store)).lookup(request.key(context))
+    return None if request is None else (store or context.store.open()).lookup(request.key(context))
 
 
 def _request(
@@ -186,8 +187,8 @@ def read_statistics(
     Yields:
         Name and statistics, in the order given. What linears have in common is read once and is one tensor.
     """
-    store = Store(context.store)
-    stored = {statistic: _Tensors(store.open(ref.key), context.device) for statistic, ref in references.items()}
+    store = context.store.open()
+    stored = {statistic: _Tensors(store.open(ref.key), context.place) for statistic, ref in references.items()}
     for name in linears:
         yield name, _linear_factors(stored, name)
 
@@ -201,7 +202,11 @@ class _Tensors:
     _shared: dict[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
-        return torch.from_numpy(self.stored.array(name)).to(self.device)
+        if self.stored.array_info(name).layout is not Layout.LOWER_TRIANGLE:
+            return torch.from_numpy(self.stored.array(name)).to(self.device)
+        triangle = self.stored.as_stored(name)
+        assert isinstance(triangle, SymmetricMatrix), "its layout says so"
+        return symmetric_to(triangle, self.device)
 
     def shared(self, linear: str, part: str) -> Tensor:
         """An array that is stored under the name of the first linear that has it."""

@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from surgeon.choices import Precision
 from surgeon.downstream import Harness, OpenTask, Score, ScoringSettings, TaskScores, definition_digest
 from surgeon.downstream.scores import FloatArray
 from surgeon.loading import load_checkpoint
 from surgeon.models import Checkpoint
+from surgeon.precision import float32_products, precision_of
 from surgeon.store import Reference
 from tasks.calibration import load_tokenizer
 from tasks.progress import report
@@ -107,7 +109,9 @@ def _makers(
         model = models[number]
         progress = partial(report, f"{model.label}: {task}")
         tokenizer = load_tokenizer(model.checkpoint)
-        found = harness.score(opened[task], loaded.model(model.checkpoint), tokenizer, wanted.settings, progress)
+        lm = loaded.model(model.checkpoint)
+        with float32_products(precision_of(site.dtype)):
+            found = harness.score(opened[task], lm, tokenizer, wanted.settings, progress)
         values = {f"values/{index}": values for index, values in found.values.items()}
         return Product(values, {"task": task, "scores": [asdict(score) for score in found.scores]})
 
@@ -127,7 +131,7 @@ class _Loaded:
             self._model = None
             self._model = load_checkpoint(
                 checkpoint.path,
-                getattr(torch, self._site.dtype),
+                getattr(torch, "float32" if self._site.dtype == Precision.TF32 else self._site.dtype),
                 self._site.device,
                 trust_remote_code=checkpoint.trust_remote_code,
             )

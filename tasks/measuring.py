@@ -25,7 +25,8 @@ from surgeon.passes.curvature import (
     observed_block,
 )
 from surgeon.passes.targets import TokenTargets
-from surgeon.store import Reference, SymmetricMatrix
+from surgeon.store import Reference
+from surgeon.transfer import symmetric_to_host, to_host
 from tasks.context import Context
 from tasks.curvature import GRADIENT, Measured, boundary_request, gradient_request, statistic_request
 from tasks.progress import report
@@ -111,7 +112,8 @@ def curvature_task(context: Context, measured: Measured, work: GroupWork) -> Out
         return makers
 
     requests = curvature_requests(context, measured, work)
-    return produce_all(context, requests, group_lock(context, measured, work.group), compute)
+    lock = group_lock(context, measured, work.group)
+    return produce_all(context, requests, lock, compute, urgent=[(work.group.start, GRADIENT.kind)])
 
 
 def group_lock(context: Context, measured: Measured, group: range) -> str:
@@ -193,5 +195,4 @@ def _input_product(factors: InputFactors) -> Product:
 
 
 def _stored(tensor: Tensor, symmetric: bool) -> Any:
-    array = tensor.cpu().numpy()
-    return SymmetricMatrix.from_full(array) if symmetric else array
+    return symmetric_to_host(tensor) if symmetric else to_host(tensor)

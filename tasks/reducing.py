@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgeon.curvature.spec import Statistic
-from surgeon.store import BFloat16Array, Reference, Store, StoredObject, SymmetricMatrix
+from surgeon.store import BFloat16Array, Reference, StoredObject, SymmetricMatrix
 from tasks.context import Context
 from tasks.curvature import Measured, statistic_request
 from tasks.stage import Outcome, Product, Request, produce_all
@@ -44,7 +44,7 @@ def reduction_task(
 
 
 def _reduced(context: Context, measured: Measured, block: int, statistic: Statistic) -> Product:
-    store = Store(context.store)
+    store = context.store.open()
     opened = []
     for part in measured.parts(measured.calibration.attributes["n_sequences"]):
         request = statistic_request(context, part, statistic, block)
@@ -60,7 +60,7 @@ def _mean(places: Sequence[tuple[StoredObject, str]], shares: Sequence[float]) -
     """The weighted mean of one array of several objects, read one after the other; sums are float64."""
     total: NDArray[np.float64] | None = None
     for (stored, name), share in zip(places, shares, strict=True):
-        form = stored.stored_form(name)
+        form = stored.as_stored(name)
         assert not isinstance(form, BFloat16Array), "statistics are float32"
         values = form.packed if isinstance(form, SymmetricMatrix) else form
         if total is None:

@@ -12,6 +12,7 @@ from surgeon.curvature.spec import Statistic
 from surgeon.passes.curvature import observed_block
 from surgeon.pruning.live import without_dead
 from surgeon.store import Reference, Store
+from surgeon.transfer import to_host
 from tasks.context import Context
 from tasks.curvature import STARTING_POINT, Measured, find_statistic, read_statistics, statistic_request
 from tasks.measuring import GroupWork, group_lock, run_pass
@@ -131,4 +132,4 @@ def _terms_product(terms: dict[str, KroneckerTerms]) -> Product:
 
 
 def _array(tensor: Tensor) -> object:
-    return tensor.cpu().numpy()
+    return to_host(tensor)

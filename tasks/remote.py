@@ -116,7 +116,9 @@ def require_fit(wanted: Fingerprint, context: Context) -> None:
             f"run.device: the run is on cuda, but the worker on {host} sees no GPU. Start workers where there is one, "
             "or set run.device=cpu."
         )
-    places = {"run.store": context.store / "format.json", "model.source": context.model.checkpoint.path}
+    places = {"model.source": context.model.checkpoint.path}
+    if context.store.url is None:  # a bucket is reached from anywhere, and opening it tells what is wrong
+        places["run.store"] = context.store.root / "format.json"
     for what, path in places.items():
         if not path.exists():
             raise ClusterError(

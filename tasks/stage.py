@@ -2,16 +2,22 @@
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
+from traceback import clear_frames
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
+import torch
 
+from surgeon.choices import Precision
+from surgeon.errors import BatchMemoryError, MemoryShortageError
 from surgeon.peak import peak_gib, reset_peak
-from surgeon.store import Reference, Store, stage_key
+from surgeon.precision import only_tf32_here
+from surgeon.store import Reference, Store, StorePlace, stage_key
+from tasks.writing import current_backlog, write_all, writers_for
 
 T = TypeVar("T")
 P = TypeVar("P")
@@ -21,8 +27,8 @@ class Site(Protocol):
     """Where a result goes, and what every key holds; a `Context` is one."""
 
     @property
-    def store(self) -> Path:
-        """Directory of the store."""
+    def store(self) -> StorePlace:
+        """Where the store is."""
 
     @property
     def device(self) -> str:
@@ -152,6 +158,8 @@ def produce_all(
     lock_key: str,
     compute: Callable[[Collection[P]], dict[P, Callable[[], Product]]],
     store: Store | None = None,
+    *,
+    urgent: Collection[P] | None = None,
 ) -> Outcome[list[Reference]]:
     """Several results of one computation: looks up those that are there, computes and commits the others.
 
@@ -162,35 +170,94 @@ def produce_all(
         compute: given the names of all that is missing, returns how to make each product, which is then done for one
             after the other, so that not all are in memory twice.
         store: where to; None opens that of the context.
+        urgent: those that the work after this waits for; the others may still be written behind it where that is
+            allowed (`tasks.writing.writing_behind`), and their references are then not returned. None: all.
 
     Returns:
         References in the order of the requests.
+
+    Raises:
+        BatchMemoryError: a GPU had not enough memory for what fewer sequences at a time take less of.
+        MemoryShortageError: a GPU had not enough memory for something else.
     """
-    store = store or Store(context.store)
+    store = store or context.store.open()
     keys = {name: request.key(context) for name, request in requests.items()}
     found = {name: readable(store, key) for name, key in keys.items()}
     start = time.perf_counter()
     cached = True
     if None in found.values():
-        with store.lock(lock_key):
+        with ExitStack() as held:
+            held.enter_context(store.lock(lock_key))
             found = {name: readable(store, key) for name, key in keys.items()}
             missing = [name for name, reference in found.items() if reference is None]
             if missing:
                 cached, start = False, begin()
-                makers = compute(missing)
-                share = (time.perf_counter() - start) / len(missing)
-                for name in missing:
-                    begun = time.perf_counter() - share
-                    found[name] = commit(context, requests[name], makers.pop(name)(), begun, store).value
+                with _within_memory(requests), only_tf32_here(context.dtype == Precision.TF32):
+                    makers = compute(missing)
+                    share = (time.perf_counter() - start) / len(missing)
+                    backlog = None if urgent is None else current_backlog()
+                    at_once = missing if backlog is None else [name for name in missing if name in (urgent or ())]
+                    how = partial(_made, context, requests, makers, share, store)
+                    found |= write_all([(name, partial(how, name)) for name in at_once], writers_for(context.device))
+                    if backlog is not None and makers:
+                        backlog.add([(name, partial(how, name)) for name in list(makers)], held.pop_all().close)
     references = [reference for reference in found.values() if reference is not None]
     return Outcome(references, cached, 0.0 if cached else time.perf_counter() - start)
+
+
+def _made(
+    context: Site,
+    requests: Mapping[P, Request],
+    makers: dict[P, Callable[[], Product]],
+    share_s: float,
+    store: Store,
+    name: P,
+) -> Callable[[], Reference]:
+    """Makes a product, which is then no longer among the makers, and returns how to commit it."""
+    begun = time.perf_counter() - share_s
+    product = makers.pop(name)()
+    return lambda: commit(context, requests[name], product, begun, store).value
+
+
+@contextmanager
+def _within_memory(requests: Mapping[P, Request]) -> Iterator[None]:
+    """Turns a GPU's lack of memory into an error that says whether smaller batches would help.
+
+    It goes through any process boundary, and holds nothing of what was in that memory.
+    """
+    failed = ""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        failed = _first_line(error)
+        clear_frames(error.__traceback__)
+    except MemoryShortageError as error:
+        if not isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise
+        failed = str(error)
+        clear_frames(error.__cause__.__traceback__)
+    if not failed:
+        return
+    request = next(iter(requests.values()))
+    where = f"{request.label} ran out of memory of the GPU ({failed})."
+    if "batch_size" in request.parameters:
+        raise BatchMemoryError(where)
+    raise MemoryShortageError(
+        f"{where} Fewer sequences at a time would not help: use a GPU with more memory, run.device=cpu, or end what "
+        "else takes its memory. What was finished is kept."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error)
+    return text.splitlines()[0].rstrip(".") if text else "no more is there"
 
 
 def commit(
     context: Site, request: Request, product: Product, start: float, store: Store | None = None
 ) -> Outcome[Reference]:
     """Commits a computed result; ``start`` is what `begin` returned before it was computed."""
-    reference = (store or Store(context.store)).commit(
+    reference = (store or context.store.open()).commit(
         request.key(context),
         request.stage.kind,
         product.arrays,
@@ -205,5 +272,5 @@ def commit(
 
 def read_arrays(context: Site, key: str) -> dict[str, "np.ndarray[Any, Any]"]:
     """All arrays of a stored object, checked."""
-    stored = Store(context.store).open(key)
+    stored = context.store.open().open(key)
     return {name: stored.array(name) for name in stored.names()}

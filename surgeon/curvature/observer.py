@@ -15,7 +15,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from surgeon.errors import NonFiniteError
+from surgeon.choices import Precision
+from surgeon.curvature.finite import Address, Watch, finite_sequences
+from surgeon.curvature.gram import stays_short
+from surgeon.precision import float32_products
 
 INPUT = "input activation"
 GRADIENT = "output gradient"
@@ -51,7 +54,7 @@ class ObservedBlock:
 class LinearObserver(ABC):
     """Accumulates sums over tokens for the linears of one block, while batches run through it.
 
-    A context manager: the hooks are there inside.
+    A context manager: the hooks are there inside. Sums are exact in float32 whatever the pass multiplies in.
 
     Attributes:
         needs_gradient: whether a backward pass has to follow the forward pass.
@@ -68,6 +71,7 @@ class LinearObserver(ABC):
         self.n_gradients = 0
         self._first_sequence = 0
         self._n_sequences = 0
+        self._watch: Watch | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Self:
@@ -82,6 +86,10 @@ class LinearObserver(ABC):
             handle.remove()
         self._handles.clear()
 
+    def leave_to(self, watch: Watch) -> None:
+        """From now on what is not finite is found when the watch looks, at the end of a batch, not at once."""
+        self._watch = watch
+
     def start_batch(self, first_sequence: int, n_sequences: int, length: int, n_draws: int = 1) -> None:
         """Announces a batch: the index of its first sequence (for error messages), its size, backward passes of it."""
         self._first_sequence = first_sequence
@@ -90,13 +98,15 @@ class LinearObserver(ABC):
         self.n_gradients += n_sequences * length * n_draws
 
     def _forward_hook(self, name: str, _linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        kept = self._on_input(name, inputs[0].detach())
+        with float32_products(Precision.FLOAT32):
+            kept = self._on_input(name, inputs[0].detach())
         if self.needs_gradient:
             hook = partial(self._gradient_hook, name, kept)
             output.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _gradient_hook(self, name: str, kept: Any, gradient: Tensor) -> None:
-        self._on_gradient(name, kept, gradient.detach())
+        with float32_products(Precision.FLOAT32):
+            self._on_gradient(name, kept, gradient.detach())
 
     def _on_input(self, name: str, x: Tensor) -> Any:
         """Sees the input of a linear, `[..., n_in]`, and says what its gradient will be met with: the input itself."""
@@ -116,20 +126,22 @@ class LinearObserver(ABC):
         Raises:
             NonFiniteError: naming block, linear and sequence.
         """
-        if torch.isfinite(witness):
-            return
-        # Some models (OPT) give a linear one row a token, not one matrix a sequence.
-        bad = ~torch.isfinite(values.reshape(self._n_sequences, -1)).all(dim=1)
-        where = f"sequence {self._first_sequence + int(bad.nonzero()[0])}" if bad.any() else "the sum over sequences"
-        raise NonFiniteError(
-            f"non-finite {what} in {self.block.label}, linear {name}, {where}. The model or the calibration text makes "
-            f"its numbers overflow: try model.dtype float32 or bfloat16, or leave that sequence out with another seed."
-        )
+        address = Address(what, self.block.label, name, self._first_sequence)
+        if self._watch is not None:
+            self._watch.note(address, finite_sequences(values, self._n_sequences), witness)
+        elif not torch.isfinite(witness):
+            raise address.error(finite_sequences(values, self._n_sequences))
 
 
 def tokens_of(x: Tensor) -> Tensor:
     """All tokens of a batch one after the other, `[n_tokens, n]` float32."""
     return x.reshape(-1, x.shape[-1]).float()
+
+
+def short_tokens_of(x: Tensor) -> Tensor:
+    """The same in the dtype of ``x`` where products of such numbers are summed in float32 as they are."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if stays_short(flat) else flat.float()
 
 
 def augmented(x: Tensor, has_bias: bool) -> Tensor:

@@ -8,7 +8,8 @@ from abc import abstractmethod
 
 from torch import Tensor
 
-from surgeon.curvature.observer import GRADIENT, LinearObserver, ObservedBlock, augmented, tokens_of
+from surgeon.curvature.gram import add_product
+from surgeon.curvature.observer import GRADIENT, LinearObserver, ObservedBlock, augmented, short_tokens_of
 
 
 class _WeightObserver(LinearObserver):
@@ -22,8 +23,8 @@ class _WeightObserver(LinearObserver):
         }
 
     def _on_gradient(self, name: str, kept: Tensor, gradient: Tensor) -> None:
-        x = augmented(tokens_of(kept), self.block.linears[name].bias is not None)
-        self._add(self._totals[name], tokens_of(gradient), x)
+        x = augmented(short_tokens_of(kept), self.block.linears[name].bias is not None)
+        self._add(self._totals[name], short_tokens_of(gradient), x)
         self._require_finite(self._totals[name].sum(), gradient, name, GRADIENT)
 
     @staticmethod
@@ -44,7 +45,8 @@ class DiagonalObserver(_WeightObserver):
 
     @staticmethod
     def _add(total: Tensor, g: Tensor, x: Tensor) -> None:
-        total.addmm_(g.square().T, x.square())
+        # The square of a short number is not one.
+        total.addmm_(g.float().square().T, x.float().square())
 
 
 class LossGradientObserver(_WeightObserver):
@@ -52,4 +54,4 @@ class LossGradientObserver(_WeightObserver):
 
     @staticmethod
     def _add(total: Tensor, g: Tensor, x: Tensor) -> None:
-        total.addmm_(g.T, x)
+        add_product(total, g, x)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgeon.choices import Precision
 from surgeon.errors import ModelError
 from surgeon.models import (
     Architecture,
@@ -32,6 +33,8 @@ from surgeon.models import (
     shared_inputs,
     unload,
 )
+from surgeon.precision import float32_products
+from surgeon.repeatable import repeatable
 
 Overrides = Callable[[int], Mapping[str, Tensor]]
 """Pruned weights by block: block index → {full name, "model.layers.7.mlp.up_proj.weight" say: tensor}."""
@@ -77,6 +80,7 @@ class BlockwiseModel:
         overrides: pruned weights that replace those of the checkpoint, by block.
         removed: blocks that are gone: hidden states pass by them, and their weights are never read.
         trunk: tensors outside the blocks that replace those of the checkpoint, by full name.
+        precision: of products of float32 matrices on a GPU while blocks are loaded.
 
     Attributes:
         model: the transformers model; parameters of blocks that are not loaded are on the meta device.
@@ -92,8 +96,10 @@ class BlockwiseModel:
         overrides: Overrides = no_overrides,
         removed: Collection[int] = (),
         trunk: Mapping[str, Tensor] = MappingProxyType({}),
+        precision: Precision = Precision.FLOAT32,
     ) -> None:
         self.dtype = dtype
+        self.precision = precision
         self.device = device
         self.overrides = overrides
         self.weights = WeightFiles(checkpoint)
@@ -143,12 +149,16 @@ class BlockwiseModel:
 
     @contextmanager
     def loaded(self, blocks: range) -> Iterator[None]:
-        """Holds the weights of some blocks in memory, and drops those that were not there before at the end."""
+        """Holds the weights of some blocks in memory, and drops those that were not there before at the end.
+
+        Inside, products of float32 matrices on a GPU are of the model's precision, and its algorithms repeatable.
+        """
         fresh = [index for index in blocks if index not in self._loaded and index not in self.removed]
         for index in fresh:
             self.load(index)
         try:
-            yield
+            with float32_products(self.precision), repeatable(self.device):
+                yield
         finally:
             for index in fresh:
                 unload(self.block(index))

@@ -18,12 +18,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from surgeon.choices import Device
+from surgeon.curvature.finite import Watch
 from surgeon.curvature.observer import LinearObserver, ObservedBlock
 from surgeon.errors import NonFiniteError
 from surgeon.passes.blockwise import BlockwiseModel, Embedded
 from surgeon.passes.groups import batches
 from surgeon.passes.loss import target_loss
 from surgeon.passes.targets import EMPIRICAL, TokenTargets
+from surgeon.transfer import host_buffer
 
 FloatArray = NDArray[np.float32]
 TokenArray = NDArray[np.int64]
@@ -87,7 +90,7 @@ def forward_group(
     Raises:
         NonFiniteError: if hidden states are not finite; names the group and the sequence.
     """
-    result: FloatArray | None = None
+    result: Tensor | None = None
     parts = batches(len(sequences), batch_size)
     with torch.no_grad(), model.loaded(group):
         for done, part in enumerate(parts, start=1):
@@ -95,11 +98,11 @@ def forward_group(
             hidden = _forward(model, group, embedded.hidden, embedded)
             _require_finite_hidden(hidden, group, first_sequence + part.start)
             if result is None:
-                result = np.empty((len(sequences), *hidden.shape[1:]), dtype=np.float32)
-            result[part] = hidden.float().cpu().numpy()
+                result = host_buffer((len(sequences), *hidden.shape[1:]), hidden)
+            result[part].copy_(hidden, non_blocking=True)
             progress(done, len(parts))
     assert result is not None, "no sequences"
-    return result
+    return _arrived(result, hidden)
 
 
 def curvature_group(
@@ -128,10 +131,11 @@ def curvature_group(
     everyone = [observer for index in what.group for observer in observers.get(index, ())]
     if not what.needs_gradient and any(observer.needs_gradient for observer in everyone):
         raise ValueError("an observer needs gradients, but the pass is forward only (needs_gradient=False)")
-    below: FloatArray | None = None
+    below: Tensor | None = None
     parts = batches(len(what.sequences), what.batch_size)
     n_draws = what.targets.draws
     with model.loaded(what.group), ExitStack() as stack:
+        watch = _watched(everyone, model.device)
         for observer in everyone:
             stack.enter_context(observer)
         for done, part in enumerate(parts, start=1):
@@ -145,13 +149,24 @@ def curvature_group(
                     if what.group.start == 0:
                         continue
                     if below is None:
-                        below = np.empty((n_draws, len(what.sequences), *gradient.shape[1:]), dtype=np.float32)
-                    below[draw, part] = gradient.float().cpu().numpy()
+                        below = host_buffer((n_draws, len(what.sequences), *gradient.shape[1:]), gradient)
+                    below[draw, part].copy_(gradient, non_blocking=True)
             else:
                 with torch.no_grad():
                     _forward(model, what.group, embedded.hidden, embedded)
+            watch.end_batch()
             progress(done, len(parts))
-    return below if below is None or what.targets.sampled else below[0]
+    if below is None:
+        return None
+    arrived = _arrived(below, gradient)
+    return arrived if what.targets.sampled else arrived[0]
+
+
+def _arrived(values: Tensor, source: Tensor) -> FloatArray:
+    """Values as an array, once all copies from where they were computed have ended."""
+    if source.is_cuda:
+        torch.cuda.current_stream(source.device).synchronize()
+    return values.numpy()
 
 
 def observed_block(model: BlockwiseModel, index: int, names: Collection[str] | None = None) -> ObservedBlock:
@@ -162,6 +177,15 @@ def observed_block(model: BlockwiseModel, index: int, names: Collection[str] | N
         groups = (tuple(name for name in group if name in names) for group in shared)
         shared = tuple(group for group in groups if group)
     return ObservedBlock(f"block {index}", linears, shared, model.device)
+
+
+def _watched(observers: Sequence[LinearObserver], device: str) -> Watch:
+    """What the observers of a GPU leave to look at to, once a batch; on a CPU they look themselves, at once."""
+    watch = Watch()
+    if device != Device.CPU:
+        for observer in observers:
+            observer.leave_to(watch)
+    return watch
 
 
 def _start(model: BlockwiseModel, tokens: TokenArray, boundary: FloatArray | None, part: slice) -> Embedded:

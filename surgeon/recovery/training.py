@@ -8,8 +8,8 @@ Reference:
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ from surgeon.recovery.packing import step_rows
 from surgeon.recovery.schedule import rate_at
 from surgeon.recovery.settings import RecoverySettings
 from surgeon.recovery.state import TrainingState, read_state, write_state
+from surgeon.repeatable import repeatable
 from surgeon.shortage import memory_advice
 from surgeon.text.tokenizers import TokenArray
 
@@ -97,7 +98,7 @@ class Trainer:
             MemoryShortageError: there is not enough memory.
         """
         losses = []
-        with training_memory(), _repeatable(self._device):
+        with training_memory(), repeatable(self._device):
             for _ in range(n_steps):
                 losses.append(self._one_step())
                 self.step += 1
@@ -223,20 +224,6 @@ def training_memory() -> AbstractContextManager[None]:
         "recovery.method=lora, which has few moments to hold, or drop terms that need the dense model. Finished "
         "segments are kept: the same command goes on after the last.",
     )
-
-
-@contextmanager
-def _repeatable(device: torch.device) -> Iterator[None]:
-    """Asks a GPU for algorithms that give the same bits again, where it has them."""
-    if device.type != "cuda":
-        yield
-        return
-    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
 def _optimizer(

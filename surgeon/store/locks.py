@@ -20,7 +20,8 @@ def file_lock(path: Path, timeout_s: float | None = None) -> Iterator[None]:
     Raises:
         StoreError: if the lock was not free in time.
     """
-    lock = FileLock(path)
+    # Released wherever the work ends that it was taken for, be it in another thread.
+    lock = FileLock(path, thread_local=False)
     try:
         lock.acquire(timeout=-1 if timeout_s is None else timeout_s)
     except Timeout as error:

@@ -171,8 +171,12 @@ class StoredObject:
             raise TypeError(f"{name!r} of {self.reference.describe()} is bfloat16; read it with [{name!r}].bits.")
         return read
 
-    def stored_form(self, name: str) -> StorableArray:
-        """As `self[name]`, but in the form it was committed in: a symmetric matrix as its triangle."""
+    def as_stored(self, name: str) -> StorableArray:
+        """Reads an array in the form it was committed in: of a symmetric matrix the triangle.
+
+        Raises:
+            KeyError, CorruptObjectError, EvictedError: as `self[name]`.
+        """
         return self._read(name)
 
     def stored_arrays(self) -> Iterator[tuple[str, StorableArray]]:

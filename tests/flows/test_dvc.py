@@ -67,6 +67,7 @@ def test_no_second_copy_on_disk(repository: Repository) -> None:
         ("benchmark", "prompt", 5, {"benchmark"}),
         ("report", "prompt", "Hello", {"report"}),
         ("run", "batch_size", 2, {"evaluate", "prune", "recovery"}),
+        ("run", "precision", "tf32", {"evaluate", "prune", "recovery"}),
         ("run", "blocks_per_group", 1, set()),
         ("run", "engine", "prefect", set()),
     ],

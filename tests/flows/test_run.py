@@ -64,7 +64,8 @@ def test_keys_of_the_results(finished: Project) -> None:
         assert set(shot["seconds"]) == kinds
         assert shot["convergence"] is None, "rows and columns are solved for directly"
     assert set(results["provenance"]) == {
-        *("model", "parameters", "seed", "device", "batch_size", "versions", "calibration", "evaluation")
+        *("model", "parameters", "seed", "device", "precision", "batch_size", "batch_size_asked"),
+        *("versions", "calibration", "evaluation"),
     }
 
 
