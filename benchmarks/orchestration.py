@@ -9,7 +9,8 @@ started once, before anything is measured. Pairs alternate which engine comes fi
    stand for all of them, is removed first). What takes longer under Prefect is orchestration alone.
 2. *executed*: all results of the shot are removed first.
 
-The server works on the same cores. Prints medians, and the smallest and largest in brackets.
+The server works on the same cores. Prints medians, and the smallest and largest in brackets; beside seconds by the
+clock those of the processor that this process has used, which depend less on what else the machine does.
 """
 
 import argparse
@@ -67,36 +68,35 @@ def remove(project: Path, *, all_of_shot: bool) -> None:
             store.delete(reference.key)
 
 
-def prune(project: Path, params: Params) -> tuple[float, int, int]:
-    """Runs the prune stage; seconds, tasks executed, tasks found."""
+def prune(project: Path, params: Params) -> tuple[float, float, int, int]:
+    """Runs the prune stage; seconds by the clock and of the processor, tasks executed, tasks found."""
     with open_session(project, params, quiet=True) as session:
         session.check()
-        begun = time.perf_counter()
+        begun, begun_cpu = time.perf_counter(), time.process_time()
         run_stage(session, "prune")
-        seconds = time.perf_counter() - begun
+        seconds, cpu = time.perf_counter() - begun, time.process_time() - begun_cpu
         tally = session.engine.tallies["prune"]
-    return seconds, tally.executed, tally.cached
+    return seconds, cpu, tally.executed, tally.cached
 
 
 def measure(project: Path, pairs: int, workers: int, *, all_of_shot: bool) -> None:
     """Prints a line of the table."""
-    seconds: dict[str, list[float]] = {name: [] for name in ENGINES}
-    counts = (0, 0)
+    found: dict[str, list[tuple[float, float, int, int]]] = {name: [] for name in ENGINES}
     for number in range(pairs):
         for engine in ENGINES if number % 2 else ENGINES[::-1]:
             remove(project, all_of_shot=all_of_shot)
             params = load_params(None, [f"run.engine={engine}", f"run.workers={workers}", "prune.shots=1"])
-            took, *counted = prune(project, params)
-            seconds[engine].append(took)
-            counts = (counted[0], counted[1])
-    more = [prefect - inline for inline, prefect in zip(seconds["inline"], seconds["prefect"], strict=True)]
-    n_tasks = sum(counts)
+            found[engine].append(prune(project, params))
+    executed, reused = found["prefect"][-1][2:]
+    n_tasks = executed + reused
+    both = list(zip(found["inline"], found["prefect"], strict=True))
     cells = [
         "executed" if all_of_shot else "found",
-        f"{counts[0]} executed, {counts[1]} found",
-        *(spread(seconds[name], ".2f") for name in ENGINES),
-        spread([1000 * each / n_tasks for each in more], ".0f"),
-        spread([100 * each / inline for each, inline in zip(more, seconds["inline"], strict=True)], ".1f"),
+        f"{executed} executed, {reused} found",
+        *(spread([run[0] for run in found[name]], ".2f") for name in ENGINES),
+        spread([1000 * (prefect[0] - inline[0]) / n_tasks for inline, prefect in both], ".0f"),
+        spread([1000 * (prefect[1] - inline[1]) / n_tasks for inline, prefect in both], ".0f"),
+        spread([100 * (prefect[0] - inline[0]) / inline[0] for inline, prefect in both], ".1f"),
     ]
     print(f"| {' | '.join(cells)} |", flush=True)
 
@@ -119,10 +119,11 @@ def main() -> None:
         print(f"load of the machine at the start: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
         for engine in ENGINES:  # not counted: texts, first imports
             prune(project, load_params(None, [f"run.engine={engine}", "prune.shots=1"]))
-        print("| shot | tasks | inline, s | Prefect, s | more, ms per task | more, % of the shot inline |")
-        print("|---|---|---|---|---|---|")
+        print("| shot | tasks | inline, s | Prefect, s | more, ms a task | of the processor, ms a task | more, % |")
+        print("|---|---|---|---|---|---|---|", flush=True)
         measure(project, given.found_pairs, given.workers, all_of_shot=False)
-        measure(project, given.pairs, given.workers, all_of_shot=True)
+        if given.pairs:
+            measure(project, given.pairs, given.workers, all_of_shot=True)
 
 
 if __name__ == "__main__":

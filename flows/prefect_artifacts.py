@@ -137,16 +137,21 @@ class RunArtifacts(TaskObserver):
 
     def _write(self, kind: str, name: str, title: str, data: str | float) -> None:
         """Makes an artifact, or changes it if the run has it already."""
+        from httpx import HTTPError
         from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 
         if self._client is None:
             return
         key = f"{_PREFIX}{name}"
-        if key in self._written:
-            self._client.update_artifact(self._written[key], ArtifactUpdate(data=data, description=title))
-        else:
-            new = ArtifactCreate(key=key, type=kind, description=title, data=data, flow_run_id=self._flow_run)
-            self._written[key] = self._client.create_artifact(new).id
+        try:
+            if key in self._written:
+                self._client.update_artifact(self._written[key], ArtifactUpdate(data=data, description=title))
+            else:
+                new = ArtifactCreate(key=key, type=kind, description=title, data=data, flow_run_id=self._flow_run)
+                self._written[key] = self._client.create_artifact(new).id
+        except HTTPError as error:  # what a page shows is no reason to end a run
+            self._client = None
+            self.warn(f"The Prefect server no longer takes artifacts ({error}); its page stays at what it shows.")
 
     def _find_written(self) -> dict[str, UUID]:
         """Artifacts that an earlier execution of the same run has made, by key."""

@@ -196,7 +196,7 @@ def run_stage(session: Session, name: str, body: Callable[[], None] | None = Non
         body: what it does, where it is not what the stage always does.
     """
     if name == "prune":
-        session.healed(lambda: require_fits(session, outline_run(session, whole=False).needs))
+        session.healed(partial(_announce, session, whole=False))
     _run_stage(session, name, body)
 
 
@@ -251,9 +251,9 @@ def _make_again(session: Session, reader: str = "") -> None:
         recovery(session)
 
 
-def _announce(session: Session) -> None:
-    """Refuses a run that memory or disk are too small for, and says what it will take."""
-    outline = outline_run(session)
+def _announce(session: Session, *, whole: bool = True) -> None:
+    """Refuses a run that memory or disk are too small for, and says what it, or its pruning, will take."""
+    outline = outline_run(session, whole=whole)
     require_fits(session, outline.needs)
     if session.engine.observer.is_shown:
         rates, is_measured = rates_at_hand(session)

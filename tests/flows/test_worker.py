@@ -2,22 +2,20 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from flows.params import Params
 from flows.prefect_deployments import REFUSED, evaluate, run
-from tests.flows.project import ROOT, Project, tasks_of
+from flows.prefect_runs import mark_crashed_runs
+from tests.flows.project import ROOT, Project, Started, tasks_of
 from tests.flows.worker import Server, kill, open_server, wait_until
 
 ONE_GROUP = (0,)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with open_server(tmp_path_factory.mktemp("server")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +24,22 @@ def two_shots(params: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(two_shots: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The same run with the command and `--engine inline`, never killed."""
+def inline(two_shots: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Started]:
+    """The same run with the command and `--engine inline`, never killed; it goes on while the server starts."""
     project = Project(tmp_path_factory.mktemp("undisturbed") / "project", two_shots)
-    project.surgeon("run", "--quiet", "--engine", "inline").ok()
+    return project, project.start("run", "--quiet", "--engine", "inline")
+
+
+@pytest.fixture(scope="module")
+def server(inline: tuple[Project, Started], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with open_server(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inline: tuple[Project, Started]) -> Project:
+    project, started = inline
+    started.wait().ok()
     return project
 
 
@@ -46,6 +56,12 @@ def kill_half_way(server: Server, project: Project, run: str) -> set[str]:
     kill(worker)
     assert server.run(run)["state_type"] == "RUNNING"  # nobody has told the server
     return set(project.labels().values())
+
+
+def orphans(server: Server, project: Project) -> int:
+    """Marks what was killed, as the next run of the project does; returns the number of runs."""
+    with temporary_settings({PREFECT_API_URL: server.address}):
+        return mark_crashed_runs(project.root)
 
 
 def check_result(project: Project, undisturbed: Project, found: set[str]) -> None:
@@ -69,6 +85,8 @@ def killed(
     found = kill_half_way(server, project, run)
     # As "Change state" in the page does it, and the automations of automations.yaml after some minutes.
     server.call(f"flow_runs/{run}/set_state", {"state": {"type": "SCHEDULED", "name": "AwaitingRetry"}, "force": True})
+    assert orphans(server, project) == 1  # the stage; the run itself waits for a worker, and is none
+    assert server.run(run)["state_type"] == "SCHEDULED"
     server.start_worker()
     server.wait_for(run)
     return project, run, found
@@ -117,7 +135,7 @@ def test_the_command_under_the_same_server(server: Server, killed: tuple[Project
     """`surgeon run` with a server at hand is recorded there, artifacts included, and finds all results."""
     project = killed[0]
     more = {name: server.environment[name] for name in ("PREFECT_API_URL", "PREFECT_HOME")}
-    done = project.console("run", "--json", "--engine", "prefect", **more).ok()
+    done = project.surgeon("run", "--json", "--engine", "prefect", **more).ok()
     assert json.loads(done.stdout)["tasks"]["executed"] == 0
     last = server.runs("surgeon-run")[-1]
     assert last["deployment_id"] is None
@@ -158,6 +176,12 @@ def test_what_is_deployed(server: Server) -> None:
     assert prune["sparsity"]["anyOf"][0] == {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
     assert prune["sparsity"]["description"].startswith("fraction of the weights to remove")
     assert prune["method"]["default"] == "llm-surgeon"
+    # The page fills the form with all defaults and sends them.
+    values = {"project": "/", "params": Params().model_dump(mode="json"), "parameter_file": None, "overrides": []}
+    assert server.call("ui/schemas/validate", {"json_schema": schema, "values": values}) == {
+        "errors": [],
+        "valid": True,
+    }
     undescribed = [
         f"{name}.{key}"
         for name, section in schema["definitions"].items()
@@ -221,4 +245,5 @@ def test_automations_bring_a_killed_run_back(two_shots: dict[str, Any], undistur
         server.start_worker()
         wait_until(lambda: server.run(run)["run_count"] == 2, seconds=300)
         assert server.wait_for(run)["state_type"] == "COMPLETED", server.log("worker-2")
+        assert [run["state_type"] for run in server.runs("surgeon-prune")] == ["CRASHED", "COMPLETED"]
     check_result(project, undisturbed, found)
