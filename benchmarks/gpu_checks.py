@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.gpu_model import write_words
 from flows.engine import InlineEngine
 from flows.params import load_params
 from flows.prune import prune
@@ -25,7 +26,6 @@ from surgeon.curvature.gram import add_gram, mirror_lower
 from surgeon.store import Store, SymmetricMatrix
 from surgeon.transfer import packed_lower, unpacked_lower
 from tasks.evaluation import evaluation_task
-from tests.flows.project import write_text
 from tests.tiny import make_tiny
 
 Array = NDArray[Any]
@@ -58,8 +58,8 @@ def run_shot(folder: Path, device: str, overrides: list[str], name: str = "run")
     if not inputs.is_dir():
         make_tiny("llama-gqa-tied", inputs / "model", hidden_size=64, intermediate_size=160)
         make_tiny("llama", inputs / "wide", vocab_size=20_000)
-        write_text(inputs / "calibration.txt", 1, n_words=4000)
-        write_text(inputs / "evaluation.txt", 2, n_words=4000)
+        write_words(inputs / "calibration.txt", 1, n_words=4000)
+        write_words(inputs / "evaluation.txt", 2, n_words=4000)
     shared = [
         *(f"model.source={inputs / 'model'}", f"run.device={device}", "run.engine=inline", "run.keep=all"),
         *(f"calibrate.text.source={inputs / 'calibration.txt'}", f"evaluate.text.source={inputs / 'evaluation.txt'}"),

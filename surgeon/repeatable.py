@@ -6,11 +6,14 @@ PyTorch has one switch for it in the whole process. It is on as long as anybody 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch.utils import deterministic
+import torch.utils.deterministic
 
 from surgeon.choices import Device
+
+_deterministic: Any = torch.utils.deterministic
 
 
 class _Switch:
@@ -36,10 +39,10 @@ def repeatable(device: str | torch.device) -> Iterator[None]:
             _Switch.before = (
                 torch.are_deterministic_algorithms_enabled(),
                 torch.is_deterministic_algorithms_warn_only_enabled(),
-                deterministic.fill_uninitialized_memory,
+                _deterministic.fill_uninitialized_memory,
             )
             torch.use_deterministic_algorithms(True, warn_only=True)
-            deterministic.fill_uninitialized_memory = False
+            _deterministic.fill_uninitialized_memory = False
         _Switch.users += 1
     try:
         yield
@@ -49,4 +52,4 @@ def repeatable(device: str | torch.device) -> Iterator[None]:
             if _Switch.users == 0:
                 enabled, warns, fill = _Switch.before
                 torch.use_deterministic_algorithms(enabled, warn_only=warns)
-                deterministic.fill_uninitialized_memory = fill
+                _deterministic.fill_uninitialized_memory = fill
