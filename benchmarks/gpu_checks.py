@@ -43,12 +43,13 @@ STRUCTURES = {
 
 @dataclass(frozen=True)
 class Made:
-    """One shot: arrays of every result by label and name, digests by label, perplexity of the dense model."""
+    """One shot: arrays of every result by label and name, digests by label, perplexity before and after."""
 
     arrays: Mapping[str, Array]
     digests: Mapping[str, str]
     weights: str
     perplexity: float
+    pruned_perplexity: float
     session: Session
 
 
@@ -69,6 +70,13 @@ def run_shot(folder: Path, device: str, overrides: list[str], name: str = "run")
     given = [*shared, *overrides]
     session = Session(load_params(None, given), Workspace((folder / name).resolve()), InlineEngine())
     session.check()
+    made = shot_of(session)
+    session.close()
+    return made
+
+
+def shot_of(session: Session) -> Made:
+    """What a session of one shot makes."""
     perplexity = session.healed(lambda: _evaluate(session))
     (shot,) = session.healed(lambda: prune(session))
     store = Store(session.context.store)
@@ -77,8 +85,9 @@ def run_shot(folder: Path, device: str, overrides: list[str], name: str = "run")
         stored = store.open(reference.key)
         arrays |= {f"{label}:{part}": stored.array(part) for part in stored.names()}
     digests = {label: reference.digest for label, reference in shot.references.items()}
-    session.close()
-    return Made(arrays, digests, shot.state.digest, perplexity, session)
+    return Made(
+        arrays, digests, shot.state.digest, perplexity, float(shot.evaluation.attributes["perplexity"]), session
+    )
 
 
 def _evaluate(session: Session) -> float:
