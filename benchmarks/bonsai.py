@@ -27,7 +27,6 @@ from flows.session import Session
 from flows.workspace import Workspace
 from surgeon.passes.loss import next_token_loss
 from surgeon.peak import process_peak_gib
-from surgeon.store import Store
 from tasks.bonsai import prior_task, sub_model_request, sub_model_task
 from tasks.bonsai_round import close_round, opened_round
 from tasks.weights import open_shrunk
@@ -57,7 +56,7 @@ def forward(model: nn.Module, inputs: list[torch.Tensor], *, with_loss: bool) ->
 
 def speed(shot: BonsaiShot, n: int) -> dict[str, float]:
     """Median seconds of a sub-model, of a forward pass, and of one with its loss."""
-    context, work, store = shot.context, shot.work, Store(shot.context.store)
+    context, work, store = shot.context, shot.work, shot.context.store.open()
     prior = prior_task(context, work).value
     times: dict[str, list[float]] = {"sub-model": [], "forward": [], "forward with loss": [], "first attention": []}
     with opened_round(context, work) as opened:

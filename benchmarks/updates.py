@@ -64,11 +64,10 @@ def whole_model(project: Path, settings: list[str]) -> None:
     """2:4 of all linears against the curvature pass."""
     from benchmarks.protocol import open_session
     from flows.prune import prune
-    from surgeon.store import Store
 
     session = open_session(project, "prune.structure=2:4", "prune.shots=1", "run.keep=all", *settings)
     (shot,) = prune(session)
-    store = Store(session.context.store)
+    store = session.context.store.open()
     seconds: dict[str, float] = {}
     for reference in shot.references.values():
         spent = float(store.record(reference.key).get("seconds") or 0.0)

@@ -92,9 +92,9 @@ def clean(workspace: Workspace, options: CleanOptions, *, remove: bool) -> dict[
         InputError: if there is no store.
         StoreError: if what is needed cannot be told, or a process works with the store.
     """
-    if not workspace.store.is_dir():
-        raise InputError(f"there is no store at {workspace.store}, so there is nothing to clean")
-    store = Store(workspace.store)
+    if not workspace.store.root.is_dir():
+        raise InputError(f"there is no store at {workspace.store.root}, so there is nothing to clean")
+    store = Store(workspace.store.root)
     guard: AbstractContextManager[None] = alone(store.root) if remove else nullcontext()
     with guard:
         plan = _plan(store, workspace, options)

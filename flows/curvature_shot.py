@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from flows.engine import Job
 from flows.session import Session
 from flows.shot import Made, PruningShot
 from flows.statistics import BlockStatistics
@@ -137,7 +138,7 @@ class CurvatureShot(PruningShot):
 
     def _costs(self, works: Sequence[BlockWork], missing: set[int]) -> list[Reference]:
         self.statistics.ensure(missing)
-        return [self._task(cost_task, self.context, work, name=work.name("costs")) for work in works]
+        return self._tasks([Job(cost_task, (self.context, work), work.name("costs")) for work in works])
 
     def _updates(self, works: list[BlockWork], removals: list[Removal]) -> list[Reference]:
         pairs = list(zip(works, removals, strict=True))
@@ -147,7 +148,7 @@ class CurvatureShot(PruningShot):
             gone = [work for work in works if work.block in missing and not self._readable(cost_request(work))]
             self._costs(gone, {work.block for work in gone})
         self.statistics.ensure(missing)
-        return [self._task(update_task, self.context, *pair, name=pair[0].name("update")) for pair in pairs]
+        return self._tasks([Job(update_task, (self.context, *pair), pair[0].name("update")) for pair in pairs])
 
     def _corrected(self, updates: list[Reference]) -> list[Reference]:
         """Weights after training low-rank adapters on all blocks at once."""

@@ -102,25 +102,38 @@ class Display(TaskObserver):
         self._done += expected
         self._found += expected
 
-    def _fraction(self) -> float:
+    def finished(self) -> None:
+        """The run has come to its end, also where less was to do than expected."""
+        self._done = self._total = self._total or 1.0
+
+    @property
+    def task(self) -> str:
+        """The task that runs or ran last; empty before the first."""
+        return self._task
+
+    @property
+    def fraction(self) -> float:
+        """Part of the expected time that is over, from 0 to 1; 0 where none is known."""
         if not self._total:
             return 0.0
         return min(1.0, (self._done + self._part * self._expected.get(self._task, 0.0)) / self._total)
 
-    def _left(self) -> str:
+    @property
+    def left(self) -> str:
+        """The time that is left, as it is shown; empty where none is known."""
         if not self._total:
             return ""
         expected = self._done - self._found + self._part * self._expected.get(self._task, 0.0)
         taken = self._taken + (time.perf_counter() - self._task_start if self._part else 0.0)
         pace = taken / expected if expected >= _FIRST_SHARE * self._total else 1.0
-        left = (1.0 - self._fraction()) * self._total * pace
+        left = (1.0 - self.fraction) * self._total * pace
         return f"about {int(left) // 60}:{int(left) % 60:02d} left"
 
     def _draw(self, what: str) -> None:
         if self._quiet:
             return
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], description=what, completed=self._fraction(), left=self._left())
+            self._bar.update(self._bar.task_ids[0], description=what, completed=self.fraction, left=self.left)
             return
         now = time.perf_counter()
         if now - self._last_line >= _LINE_EVERY_S:
@@ -128,8 +141,8 @@ class Display(TaskObserver):
             elapsed = int(now - self._start)
             parts = [
                 f"{elapsed // 60}:{elapsed % 60:02d}",
-                f"{self._fraction():4.0%}" if self._total else "",
+                f"{self.fraction:4.0%}" if self._total else "",
                 what,
-                self._left(),
+                self.left,
             ]
             self._console.print("  ".join(part for part in parts if part), highlight=False, markup=False)

@@ -44,6 +44,7 @@ from tasks.layers import (
 from tasks.mask import MASK, mask_request, mask_task
 from tasks.measuring import boundary_task, curvature_requests, curvature_task
 from tasks.recovery import recovered_requests, recovered_task
+from tasks.reducing import reduction_requests, reduction_task
 from tasks.refining import kronecker_terms_task, moments_task, refining_requests
 from tasks.selection import (
     DROPPED,
@@ -94,7 +95,7 @@ def row_of(stage: str, name: str) -> str:
     return f"prune: {'curvature' if kind in _PASSES else kind}"
 
 
-_PASSES = ("boundary", "moments", "kronecker-terms", "loss-gradient")
+_PASSES = ("boundary", "reduction", "moments", "kronecker-terms", "loss-gradient")
 
 
 @dataclass
@@ -190,6 +191,8 @@ def _requests(store: PlannedStore, body: Callable[..., Any], args: tuple[Any, ..
         return True, [_SINGLE[body](*args)]
     if body is curvature_task:
         return False, list(curvature_requests(*args).values())
+    if body is reduction_task:
+        return False, list(reduction_requests(*args).values())
     if body is correction_task:
         return False, correction_requests(*args)
     if body is recovered_task:

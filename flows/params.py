@@ -4,10 +4,11 @@ A section is a stage and a sub-command of the same name; `run` holds what change
 finds. Values are checked here once, so that the code behind can rely on them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, StrictBool, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -18,6 +19,7 @@ from flows.params_recovery import RecoveryParams
 from flows.params_section import Integer, Number, Positive, Section, Word
 from flows.params_text import TextParams
 from flows.params_yaml import apply_override, read_yaml
+from flows.pool import Runner
 from surgeon.choices import Device, Dtype, ExportLayout, Keep, Precision, SequenceOrder
 from surgeon.errors import ParameterError
 
@@ -89,6 +91,11 @@ class RunParams(Section):
     """How a run is executed."""
 
     engine: EngineName = EngineName.PREFECT
+    runner: Runner = Runner.THREADS
+    workers: Positive = 1
+    cluster: Word | None = None
+    threads: Positive | None = None
+    shards: Positive = 1
     device: Device = Device.AUTO
     precision: Precision = Precision.FLOAT32
     batch_size: Positive | None = None
@@ -96,6 +103,7 @@ class RunParams(Section):
     memory_gib: Annotated[Number, Field(gt=0)] | None = None
     keep: Keep = Keep.LAST
     store: Word | None = None
+    cache: Word | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -104,6 +112,12 @@ class RunParams(Section):
                 "no_effect",
                 "memory_gib has no effect when blocks_per_group is given, because it only chooses blocks_per_group; "
                 "set one of them to null",
+            )
+        if self.cluster is not None and self.runner not in (Runner.DASK, Runner.RAY):
+            raise PydanticCustomError(
+                "no_effect",
+                "cluster has no effect with runner: {runner}, which works on this machine alone; use dask or ray",
+                {"runner": self.runner.value},
             )
         if self.precision is Precision.TF32 and self.device is Device.CPU:
             raise PydanticCustomError(
@@ -165,7 +179,24 @@ def load_params(path: Path | None, overrides: Sequence[str] = ()) -> Params:
         ParameterError: The file cannot be read, or anything in it or in an override is wrong; lists all problems.
     """
     tree = {} if path is None else read_yaml(path)
-    where = "defaults" if path is None else str(path)
+    return check_params(tree, "defaults" if path is None else str(path), overrides)
+
+
+def check_params(tree: Mapping[Any, Any], where: str, overrides: Sequence[str] = ()) -> Params:
+    """Checks parameters that were read from somewhere.
+
+    Args:
+        tree: Sections; what they leave out has its default.
+        where: What they were read from, for messages.
+        overrides: `section.key=value` each, which win.
+
+    Returns:
+        The checked parameters.
+
+    Raises:
+        ParameterError: Anything in them is wrong; lists all problems.
+    """
+    tree = deepcopy(dict(tree))
     problems: list[str] = []
     keys: dict[str, tuple[str, ...]] = {}
     for override in overrides:

@@ -9,7 +9,16 @@ import re
 from dataclasses import replace
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, ByteSize, Field, PlainSerializer, PrivateAttr, StrictBool, model_validator
+from pydantic import (
+    BeforeValidator,
+    ByteSize,
+    Field,
+    PlainSerializer,
+    PrivateAttr,
+    StrictBool,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from flows.params_bonsai import BonsaiParams
@@ -61,7 +70,12 @@ def _read_granularity(value: Any) -> Any:
         raise PydanticCustomError("granularity", "{reason}", {"reason": reason}) from error
 
 
-_Granularity = Annotated[Granularity, BeforeValidator(_read_granularity), PlainSerializer(str)]
+_Granularity = Annotated[
+    Granularity,
+    BeforeValidator(_read_granularity),
+    PlainSerializer(str),
+    WithJsonSchema({"type": "string", "pattern": rf"^({'|'.join(Structure)}|[0-9]+:[0-9]+)$"}),
+]
 _Relative = Annotated[Number, Field(ge=0)]
 
 
@@ -80,7 +94,13 @@ def _read_count(value: Any) -> Any:
     raise PydanticCustomError("count", "must be a number such as 100M, 1.2B or 90000000")
 
 
-_Count = Annotated[int, BeforeValidator(_read_count), Field(gt=0)]
+def _text_or_number(example: str) -> WithJsonSchema:
+    """JSON schema of a number that may be written with a unit."""
+    return WithJsonSchema({"anyOf": [{"type": "string", "examples": [example]}, {"type": "integer", "minimum": 1}]})
+
+
+_Count = Annotated[int, BeforeValidator(_read_count), Field(gt=0), _text_or_number("100M")]
+_Size = Annotated[ByteSize, Field(gt=0), _text_or_number("200MB")]
 
 
 class DampingParams(Section):
@@ -120,7 +140,7 @@ class PruneParams(Section):
     method: Method = Method.LLM_SURGEON
     sparsity: Annotated[Number, Field(gt=0, lt=1)] | None = None
     parameters: _Count | None = None
-    size: Annotated[ByteSize, Field(gt=0)] | None = None
+    size: _Size | None = None
     speedup: Annotated[Number, Field(gt=1)] | None = None
     shots: Positive | None = None
     structure: _Granularity = Structure.UNITS

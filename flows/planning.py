@@ -121,7 +121,7 @@ def dry_run(session: Session, *, whole: bool) -> tuple[DryRun, Session]:
     Returns:
         What the run will do, and the session with the goal that was assumed if that is to be measured.
     """
-    dry = DryRun(PlannedStore(session.context.store))
+    dry = DryRun(PlannedStore(session.context.store.open()))
     engine = DryEngine(dry)
     other = session.rehearsal(engine, dry.store)
     engine.stage("calibrate", lambda: other.windows)

@@ -6,7 +6,7 @@ none is started: that would take longer than all the rest.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from copy import deepcopy
 from functools import cache
@@ -15,8 +15,10 @@ from typing import Any, TypeVar
 
 import psutil
 
-from flows.engine import Engine, TaskObserver
-from flows.prefect_runs import mark_crashed_runs, owned_by_this_process
+from flows.engine import Engine, Job, TaskObserver
+from flows.pool import Pool
+from flows.prefect_runs import is_within_a_run, mark_crashed_runs, owned_by_this_process
+from flows.prefect_server import require_server
 from tasks.stage import Outcome, WorkLeftError, only_looking
 
 T = TypeVar("T")
@@ -57,13 +59,14 @@ def end_orphaned_servers() -> None:
 
 
 @cache
-def _as_prefect_task(body: Callable[..., Outcome[Any]]) -> Any:
+def _as_prefect_task(body: Callable[..., Outcome[Any]], pool: Pool | None = None) -> Any:
+    """A task as Prefect sees it: in this process, whoever computes it."""
     from prefect import task
     from prefect.cache_policies import NO_CACHE
     from prefect.states import Completed
 
     def run(*args: Any) -> Any:
-        outcome = body(*args)
+        outcome = body(*args) if pool is None else pool.run(body, args)
         return Completed(name="Cached", message="found in the store", data=outcome) if outcome.cached else outcome
 
     run.__doc__ = body.__doc__
@@ -71,21 +74,26 @@ def _as_prefect_task(body: Callable[..., Outcome[Any]]) -> Any:
 
 
 class PrefectEngine(Engine):
-    """Runs stages and tasks under Prefect, in this process."""
+    """Runs stages and tasks under Prefect, in this process; within a flow run, as parts of that one."""
 
     name = "prefect"
 
-    def __init__(self, root: Path, observer: TaskObserver | None = None) -> None:
-        super().__init__(observer)
+    def __init__(self, root: Path, observer: TaskObserver | None = None, pool: Pool | None = None) -> None:
+        super().__init__(observer, pool)
         self._root = root
-        self._only_looks = False
-        configure(root)
-        end_orphaned_servers()
+        if not is_within_a_run():
+            configure(root)
+            end_orphaned_servers()
+            require_server()
 
     def _run_stage(self, name: str, body: Callable[[], T]) -> T:
         if self._only_looks:
             return body()
         is_first = len(self._stages) == 1
+        if is_first and is_within_a_run():  # a deployment's, which is the flow of this stage
+            with owned_by_this_process(self._root):
+                mark_crashed_runs(self._root)
+                return body()
         if is_first and not os.environ.get("PREFECT_API_URL"):
             with suppress(WorkLeftError):
                 return self._look(body)
@@ -110,6 +118,7 @@ class PrefectEngine(Engine):
 
     def _run_flow(self, name: str, body: Callable[[], T], is_first: bool) -> T:
         from prefect import flow
+        from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
         def marked() -> T:
             if is_first:
@@ -117,9 +126,29 @@ class PrefectEngine(Engine):
             return body()
 
         run = flow(marked, name=f"surgeon-{name}", persist_result=False, validate_parameters=False)
-        with owned_by_this_process(self._root) if is_first else nullcontext():
+        # The end of a flow waits up to a second for its heartbeat. A killed command is told by its process instead, and
+        # a deployment's stages by the run that they belong to, which has a heartbeat.
+        silent = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
+        with silent, owned_by_this_process(self._root) if is_first else nullcontext():
             result: T = run()
         return result
+
+    def _run_jobs(self, jobs: Mapping[int, Job], pool: Pool) -> Iterator[tuple[int, Outcome[Any]]]:
+        """Tasks of Prefect in as many threads of this process as there are workers, which they wait for."""
+        from prefect.futures import as_completed
+        from prefect.task_runners import ThreadPoolTaskRunner
+
+        with ThreadPoolTaskRunner(max_workers=pool.workers) as runner:
+            running = {}
+            for index, job in jobs.items():
+                task = _as_prefect_task(job.body, pool).with_options(task_run_name=job.name)
+                running[runner.submit(task, {"args": job.args})] = index
+            try:
+                for future in as_completed(list(running)):
+                    yield running[future], future.result()
+            finally:
+                for future in running:
+                    future.wrapped_future.cancel()
 
     def _run_task(self, body: Callable[..., Outcome[T]], args: tuple[Any, ...], name: str) -> Outcome[T]:
         if self._only_looks:

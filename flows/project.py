@@ -16,4 +16,4 @@ def parameter_file(root: Path, given: Path | None) -> Path | None:
 def open_workspace(root: Path, params_file: Path | None, overrides: Sequence[str] | None) -> Workspace:
     """The files of a project directory, for what needs no model and runs no task."""
     params = load_params(parameter_file(root, params_file), overrides or [])
-    return Workspace(root.resolve(), params.run.store)
+    return Workspace(root.resolve(), params.run.store, params.run.cache)

@@ -57,13 +57,13 @@ def refill(workspace: Workspace, say: Callable[[str], None] = lambda _line: None
     """
     if not (workspace.manifest.is_file() and workspace.view.is_dir()) or workspace.timing_file("model").parent.exists():
         return
-    if workspace.store.is_dir() and workspace.home in registered(workspace.store):
+    if workspace.store.root.is_dir() and workspace.home in registered(workspace.store.root):
         return
     say(f"taking in {workspace.view}, which was made elsewhere")
     restored = restore(workspace)
     for line in restored.damaged:
         say(line)
-    register(workspace.store, workspace.home)
+    register(workspace.store.root, workspace.home)
 
 
 def restore(workspace: Workspace) -> Restored:
@@ -76,7 +76,7 @@ def restore(workspace: Workspace) -> Restored:
     if references is None or not workspace.view.is_dir():
         missing = workspace.view if references is not None else workspace.manifest
         raise InputError(f"{missing} is missing, so there is nothing to restore from; get it with `dvc pull`")
-    presence = Presence(workspace.store, "surgeon restore")
+    presence = Presence(workspace.store.root, "surgeon restore")
     try:
         return _restore(workspace, references)
     finally:
@@ -84,7 +84,7 @@ def restore(workspace: Workspace) -> Restored:
 
 
 def _restore(workspace: Workspace, references: dict[str, Reference]) -> Restored:
-    store = Store(workspace.store)
+    store = workspace.store.open()
     done = Restored(0, 0, 0, [])
     for name, reference in references.items():
         try:

@@ -1,5 +1,6 @@
 """What all flows of one command share: parameters, files, the opened model layout and how to execute."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from flows.batching import CPU_BATCH, asked_batch, halve, known_limits
 from flows.checks import check_pruning
 from flows.engine import Engine
 from flows.goal import Goal, find_goal
-from flows.params import Params
+from flows.params import Params, RunParams
 from flows.restoring import refill
 from flows.workspace import Workspace
 from surgeon.choices import Device, Precision, Structure
@@ -171,7 +172,7 @@ class Session:
         run = self.params.run
         device, precision, batch_size = self.device, self.precision, self.batch_size
         _ = self.presence
-        Store(self.workspace.store).clear_stale_tmp()
+        self.workspace.store.open().clear_stale_tmp()
         refill(self.workspace, self.say)
         return Context(
             store=self.workspace.store,
@@ -179,6 +180,7 @@ class Session:
             device=device,
             batch_size=batch_size,
             blocks_per_group=run.blocks_per_group or self._blocks_per_group(batch_size),
+            threads=threads_of(run) if device == Device.CPU.value else None,
             precision=precision,
         )
 
@@ -191,12 +193,12 @@ class Session:
     @cached_property
     def store(self) -> Store:
         """The store of the run."""
-        return Store(self.context.store)
+        return self.context.store.open()
 
     @cached_property
     def presence(self) -> Presence:
         """Keeps `surgeon clean` off the store for as long as the session lives."""
-        return Presence(self.workspace.store, " ".join(["surgeon", *sys.argv[1:]])[:_COMMAND_LENGTH], self.say)
+        return Presence(self.workspace.store.root, " ".join(["surgeon", *sys.argv[1:]])[:_COMMAND_LENGTH], self.say)
 
     def close(self) -> None:
         """Gives the store free, if it was used."""
@@ -205,7 +207,7 @@ class Session:
 
     def register(self) -> None:
         """Writes into the store that the workspace names results in it, so that `surgeon clean` asks it."""
-        register(self.workspace.store, self.workspace.home)
+        register(self.workspace.store.root, self.workspace.home)
 
     @property
     def dense(self) -> ModelState:
@@ -273,7 +275,6 @@ class Session:
         require_separate(self.sequence_spec().text, self.window_spec().text)
         if is_pruned:
             check_pruning(self)
-        self.workspace.store.mkdir(parents=True, exist_ok=True)
         _ = self.context
 
     def stage(self, name: str, body: Callable[[], T], repair: Callable[[], object] = lambda: None) -> T:
@@ -363,6 +364,13 @@ class Session:
             return self.memory_estimate(blocks_per_group, batch_size)
 
         return blocks_that_fit(estimate, most, self.memory_budget_gib, on_gpu=on_gpu)
+
+
+def threads_of(run: RunParams) -> int | None:
+    """Threads of torch in every worker on a CPU, where that is chosen; None is what torch takes by itself."""
+    if run.threads is not None or run.workers == 1:
+        return run.threads
+    return max(1, (os.cpu_count() or 1) // run.workers)
 
 
 def _factor_copies(spec: CurvatureSpec) -> int:

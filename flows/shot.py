@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flows.engine import Job
 from flows.records import named_results
 from flows.session import Session
 from surgeon.store import Reference
@@ -203,6 +204,9 @@ class PruningShot(ABC):
 
     def _readable(self, request: Request) -> bool:
         return readable(self.store, request.key(self.context)) is not None
+
+    def _tasks(self, jobs: list[Job]) -> list[Any]:
+        return self.session.engine.tasks(jobs)
 
     def _task(self, body: Callable[..., Outcome[Any]], *args: Any, name: str) -> Any:
         return self.session.engine.task(body, *args, name=name)

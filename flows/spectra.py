@@ -57,7 +57,7 @@ def make_spectra(session: Session, references: Mapping[str, Reference], shots: i
     store = session.store
     return {
         (name := f"{work.label}/block-{work.block:02d}/spectra"): session.engine.task(
-            spectrum_task, store.root, work, name=name
+            spectrum_task, session.context.store, work, name=name
         )
         for work in spectrum_works(references, shots, session.model.blocks)
         if can_be_had(store, work)

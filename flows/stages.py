@@ -14,6 +14,7 @@ from typing import Any
 from flows.benchmark import current_benchmark, measure_export
 from flows.checks import check_prunable
 from flows.destination import require_destination
+from flows.findings import files_finding, results_finding, shots_finding
 from flows.goal import require_goal
 from flows.machine import rates_at_hand
 from flows.manifest import read_references
@@ -87,6 +88,7 @@ def prune_stage(session: Session) -> None:
     write_json(session.workspace.manifest, {name: ref.to_json() for name, ref in sorted(references.items())})
     build_view(session.store, {n: r.key for n, r in references.items()}, session.workspace.view)
     _finish(session, "prune", references, facts)
+    session.engine.observer.found(shots_finding(facts["shots"]))
 
 
 def recovery(session: Session) -> None:
@@ -226,7 +228,10 @@ def run_all(session: Session) -> dict[str, Any]:
             _run_stage(session, name)
             if name == "calibrate":
                 session.healed(partial(require_goal, session))
-        return write_results(session)
+        results = write_results(session)
+        session.engine.observer.found(results_finding(results))
+        session.engine.observer.found(files_finding(session.workspace))
+        return results
 
     return session.engine.stage("run", body)
 

@@ -38,6 +38,7 @@ from tasks.evaluation import evaluation_task, sample_task
 from tasks.export import export_task
 from tasks.mask import mask_task
 from tasks.measuring import GroupWork, boundary_task, curvature_task
+from tasks.reducing import reduction_task
 from tasks.refining import kronecker_terms_task, moments_task
 from tasks.sizes import ARRAY_BYTES, OBJECT_BYTES, array_bytes, n_arrays, shared_inputs
 from tasks.spectra import SPECTRA, SpectrumWork, spectrum_task
@@ -54,6 +55,8 @@ _OPENS = 3
 """How often the pruned linears of a block are opened where their live sets are read as well."""
 _UNPACKED = 4
 """Bytes moved to unpack a byte of a triangle: both halves of the matrix."""
+_ADDED = 8
+"""Bytes moved for each byte of a statistic of a shard: converted to float64, weighted, added."""
 _OBSERVED = 16
 """Bytes moved for each number that an observer sees: checked for being finite, and summed."""
 _BLOCK_TIMES_S = 20.0
@@ -84,6 +87,7 @@ class WorkModel:
             block_times_task: lambda *_: Work.of(seconds=_BLOCK_TIMES_S),
             boundary_task: self._boundary,
             curvature_task: self._curvature,
+            reduction_task: self._reduction,
             moments_task: self._moments,
             kronecker_terms_task: self._terms,
             cost_task: self._costs,
@@ -121,6 +125,11 @@ class WorkModel:
     def _calibration(self) -> tuple[int, int]:
         given = self.session.params.calibrate
         return given.sequences * given.length, given.length
+
+    def _tokens(self, measured: Measured) -> tuple[int, int]:
+        """Calibration tokens that are measured, and the length of a sequence."""
+        tokens, length = self._calibration
+        return tokens if measured.part is None else (measured.part[1] - measured.part[0]) * length, length
 
     def _shapes(self, block: int, *, measured: bool = False) -> list[LinearShape]:
         names = self.session.measured_linears if measured else None
@@ -166,7 +175,7 @@ class WorkModel:
 
     def _passing(self, measured: Measured, group: range, *, backward: bool, draws: int) -> Work:
         """A pass through one group of blocks."""
-        tokens, length = self._calibration
+        tokens, length = self._tokens(measured)
         blocks = [self.blocks[b] for b in group]
         last = group.stop == len(self.blocks)
         work = self._loaded(measured.state, group) + forward_work(blocks, tokens, length)
@@ -178,12 +187,12 @@ class WorkModel:
         return work + Work.of(reads=4 * handed * tokens * self.session.model.width)
 
     def _boundary(self, measured: Measured, group: range) -> Work:
-        tokens, _ = self._calibration
+        tokens, _ = self._tokens(measured)
         work = Work.of(openings=1) + self._passing(measured, group, backward=False, draws=0)
         return work + Work.of(writes=4 * tokens * self.session.model.width, arrays=1)
 
     def _curvature(self, measured: Measured, work: GroupWork) -> Work:
-        tokens, _ = self._calibration
+        tokens, _ = self._tokens(measured)
         draws = work.targets.draws
         total = Work.of(openings=1)
         total += self._passing(measured, work.group, backward=work.needs_gradient, draws=draws)
@@ -201,6 +210,15 @@ class WorkModel:
                 total += self._stored(statistic.value, block)
         if work.hand_down:
             total += Work.of(writes=4 * draws * tokens * self.session.model.width, arrays=1)
+        return total
+
+    def _reduction(self, measured: Measured, block: int, statistics: Sequence[Statistic]) -> Work:
+        """Statistics of the shards read, added up in float64 and written."""
+        total = NOTHING
+        for statistic in statistics:
+            n_bytes = measured.shards * self._bytes(statistic.value, block)
+            total += Work.of(reads=n_bytes, copies=_ADDED * n_bytes) + self._stored(statistic.value, block)
+            total += measured.shards * self._opened(statistic.value, [block])
         return total
 
     def _moments(self, measured: Measured, work: GroupWork) -> Work:

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgeon.errors import ParameterError
+from surgeon.store import StorePlace, is_url
+
 STORE_VARIABLE = "SURGEON_STORE"
 MODELS_VARIABLE = "SURGEON_MODELS"
+_STORE = "data/store"
 _EXPERIMENTS = (".dvc", "tmp", "exps")
 
 
@@ -17,11 +21,13 @@ class Workspace:
 
     Attributes:
         root: project directory; results go to ``root/data``.
-        store_option: store directory the user asked for; the variable `SURGEON_STORE` wins over it.
+        store_option: store the user asked for, a directory or a URL; the variable `SURGEON_STORE` wins over it.
+        cache_option: directory before a store in a bucket; the variable `SURGEON_CACHE` wins over it.
     """
 
     root: Path
     store_option: str | None = None
+    cache_option: str | None = None
 
     @property
     def data(self) -> Path:
@@ -34,10 +40,21 @@ class Workspace:
         return project_of(self.root)
 
     @property
-    def store(self) -> Path:
-        """The content-addressed store, an absolute path; experiments share that of their project."""
-        chosen = os.environ.get(STORE_VARIABLE) or self.store_option
-        return (self.home / (chosen or "data/store")).resolve()
+    def store(self) -> StorePlace:
+        """Where the content-addressed store is; experiments share that of their project.
+
+        Raises:
+            ParameterError: a cache is given for a store that is a directory.
+        """
+        chosen = os.environ.get(STORE_VARIABLE) or self.store_option or _STORE
+        if is_url(chosen):
+            return StorePlace((self.home / (self.cache_option or _STORE)).resolve(), chosen)
+        if self.cache_option is not None:
+            raise ParameterError(
+                f"run.cache: has no effect, because the store is the directory {chosen}; it is the directory before a "
+                "store in S3 (run.store: s3://bucket/prefix)"
+            )
+        return StorePlace((self.home / chosen).resolve())
 
     @property
     def models(self) -> Path:

@@ -33,6 +33,14 @@ class StoreError(InputError):
     """A store cannot be used: another version, no space, not a store."""
 
 
+class BucketError(StoreError):
+    """A bucket does not answer, or refuses what is asked of it."""
+
+
+class ServerError(InputError):
+    """A server that is to show and record the run does not answer, or cannot be used."""
+
+
 class CorruptObjectError(SurgeonError):
     """A stored object does not hold what was committed (missing chunk, flipped bit, wrong shape).
 
@@ -51,6 +59,14 @@ class EvictedError(SurgeonError):
 
 class NondeterminismError(SurgeonError):
     """The same key was computed twice with different results."""
+
+
+class ClusterError(InputError):
+    """Workers cannot be used: a cluster does not answer, or they have other versions, devices or files."""
+
+
+class WorkerLostError(SurgeonError):
+    """Worker processes died again and again while they computed the same thing; mostly there was not enough memory."""
 
 
 class BenchmarkError(SurgeonError):

@@ -4,7 +4,7 @@ from functools import partial
 
 from surgeon.benchmarking.block_times import BlockTimes, measure_block_times
 from surgeon.benchmarking.machine import describe_machine
-from surgeon.store import Reference, Store
+from surgeon.store import Reference
 from tasks.context import Context
 from tasks.progress import report
 from tasks.stage import Outcome, Product, Request, Stage, produce
@@ -37,4 +37,4 @@ def block_times_task(context: Context, batch_size: int, length: int) -> Outcome[
 
 def read_block_times(context: Context, reference: Reference) -> BlockTimes:
     """The table that a reference stands for."""
-    return BlockTimes.from_json(Store(context.store).open(reference.key).attributes)
+    return BlockTimes.from_json(context.store.open().open(reference.key).attributes)

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from surgeon.choices import Precision
 from surgeon.devices import place_of
 from surgeon.models import BlockCouplings, Checkpoint, build_skeleton, count_parameters, discover
 from surgeon.passes.groups import block_groups
-from surgeon.store import Reference
+from surgeon.store import Reference, StorePlace
 
 
 @dataclass(frozen=True)
@@ -132,20 +131,28 @@ class Context:
     """Where results go and how work is executed.
 
     Attributes:
-        store: directory of the store.
+        store: where it is.
         model: the model.
         device: "cpu" or "cuda".
         batch_size: sequences at a time; it changes the last bits of results and so is part of their keys.
         blocks_per_group: blocks held in memory at a time; does not change results.
+        threads: of torch on a CPU, where that was chosen: libraries round in another way with another number, so it is
+            part of keys. None is as many as the machine has.
         precision: of products of float32 matrices in passes on a GPU.
     """
 
-    store: Path
+    store: StorePlace
     model: ModelSpec
     device: str
     batch_size: int
     blocks_per_group: int
+    threads: int | None = None
     precision: Precision = Precision.FLOAT32
+
+    @property
+    def arithmetic(self) -> str:
+        """Kind of device as far as numbers depend on it."""
+        return self.device if self.threads is None or self.device != "cpu" else f"{self.device}, {self.threads} threads"
 
     @property
     def dtype(self) -> str:

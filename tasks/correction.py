@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from surgeon.correction.adapters import AdapterResult, AdapterSettings, train_adapters
-from surgeon.store import Reference, Store
+from surgeon.store import Reference
 from tasks.context import Context, ModelState
 from tasks.progress import report
 from tasks.stage import Outcome, Product, Request, Stage, produce_all, read_arrays
@@ -80,7 +80,7 @@ def _corrected(context: Context, state: ModelState, block: int, result: AdapterR
     assert update is not None, "every block has been updated before it is corrected"
     key = update.key
     arrays: dict[str, Any] = read_arrays(context, key)
-    attributes = Store(context.store).open(key).attributes
+    attributes = context.store.open().open(key).attributes
     linears = {}
     for shape in context.model.blocks[block]:
         full_name = f"{context.model.blocks_path}.{block}.{shape.name}.weight"

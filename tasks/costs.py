@@ -31,13 +31,14 @@ LIVE_SOURCES = (
     "surgeon.curvature.factors",
     "surgeon.curvature.interface",
     "surgeon.curvature.kronecker",
+    "surgeon.curvature.triangular",
     "surgeon.pruning.linear",
     "surgeon.pruning.live",
 )
 """What costs and updates share: a linear's live part and its curvature."""
 COSTS = Stage(
     "costs",
-    2,
+    3,
     (*LIVE_SOURCES, "surgeon.curvature.groups", "surgeon.pruning.costs", "surgeon.pruning.elimination", "tasks.units"),
 )
 

@@ -5,7 +5,7 @@ enters. Nor does one depend on what else was computed in the same pass, so that 
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from surgeon.choices import Targets
 from surgeon.curvature.factors import EigenMoments, KroneckerTerms, LinearFactors
 from surgeon.curvature.spec import CurvatureSpec, Statistic
+from surgeon.passes.groups import shards
 from surgeon.passes.targets import EMPIRICAL, TokenTargets
 from surgeon.store import Layout, Reference, Store, StoredObject, SymmetricMatrix
 from surgeon.transfer import symmetric_to
@@ -63,6 +64,8 @@ class Measured:
         spec: targets, rank and iterations.
         label: readable name of the shot.
         linears: names of those that are measured in every block; None for all.
+        shards: parts of the sequences whose statistics are computed apart and then added up.
+        part: first sequence of one such part, and the one after its last; None for all sequences.
     """
 
     state: ModelState
@@ -70,6 +73,31 @@ class Measured:
     spec: CurvatureSpec
     label: str
     linears: tuple[str, ...] | None = None
+    shards: int = 1
+    part: tuple[int, int] | None = None
+
+    def parts(self, n_sequences: int) -> tuple["Measured", ...]:
+        """What is measured apart: for each shard its sequences, in order; all of them if there is one shard.
+
+        Their number is in the keys of the sums and their sequences are in those of the parts: both change last bits.
+
+        Args:
+            n_sequences: of the calibration.
+
+        Raises:
+            ParameterError: more shards than sequences.
+        """
+        if self.shards == 1:
+            return (self,)
+        return tuple(
+            replace(self, shards=1, part=(part.start, part.stop), label=f"{self.label}/part-{index:02d}")
+            for index, part in enumerate(shards(n_sequences, self.shards))
+        )
+
+    @property
+    def portion(self) -> dict[str, Any]:
+        """The parameter of keys that says which sequences a result is of; none where it is of all."""
+        return {} if self.part is None else {"sequences": list(self.part)}
 
     def targets(self, statistic: Statistic) -> TokenTargets:
         """Next tokens a statistic is taken for: the gradient of the loss is that of the text, whatever the curvature.
@@ -106,6 +134,8 @@ def statistic_request(
         store: where to look for what it starts from; None opens that of the context.
     """
     parameters: dict[str, Any] = {} if measured.linears is None else {"linears": list(measured.linears)}
+    if measured.shards > 1:
+        parameters["shards"] = measured.shards
     if statistic is not Statistic.INPUT_FACTORS:
         parameters |= measured.targets(statistic).parameters
     if statistic is Statistic.KRONECKER_TERMS:
@@ -125,7 +155,7 @@ def find_statistic(
 ) -> Reference | None:
     """The reference of a statistic that was computed once, whether or not its arrays are still there."""
     request = statistic_request(context, measured, statistic, block, store)
-    return None if request is None else (store or Store(context.store)).lookup(request.key(context))
+    return None if request is None else (store or context.store.open()).lookup(request.key(context))
 
 
 def _request(
@@ -138,7 +168,7 @@ def _request(
 ) -> Request:
     return Request(
         stage,
-        {"block": block, "batch_size": context.batch_size, **parameters},
+        {"block": block, "batch_size": context.batch_size, **measured.portion, **parameters},
         {"weights": measured.state.digest, "calibration": measured.calibration.digest, **inputs},
         f"{measured.label}/block-{block:02d}/{stage.kind}",
     )
@@ -157,7 +187,7 @@ def read_statistics(
     Yields:
         Name and statistics, in the order given. What linears have in common is read once and is one tensor.
     """
-    store = Store(context.store)
+    store = context.store.open()
     stored = {statistic: _Tensors(store.open(ref.key), context.place) for statistic, ref in references.items()}
     for name in linears:
         yield name, _linear_factors(stored, name)

@@ -11,7 +11,7 @@ from surgeon.choices import Structure
 from surgeon.pruning.allocation import Candidates, allocate
 from surgeon.pruning.granularity import is_structured
 from surgeon.pruning.selection import Cut, check_divides, select_weights
-from surgeon.store import Reference, Store, digest_arrays
+from surgeon.store import Reference, digest_arrays
 from tasks.context import Context, LinearShape, split_columns, split_rows
 from tasks.progress import report
 from tasks.rule import MaskRule
@@ -118,7 +118,7 @@ def _structures(context: Context, costs: Sequence[Reference], rule: MaskRule, st
 
 
 def _weights(context: Context, costs: Sequence[Reference], rule: MaskRule) -> Product:
-    store = Store(context.store)
+    store = context.store.open()
     for block, shapes in enumerate(context.model.blocks):
         for shape in shapes:
             check_divides(shape.n_in, rule.recipe.granularity, f"block {block}, {shape.name}")

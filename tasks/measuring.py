@@ -16,7 +16,14 @@ from surgeon.curvature.observer import LinearObserver
 from surgeon.curvature.spec import Statistic
 from surgeon.curvature.weight_moments import DiagonalObserver, LossGradientObserver
 from surgeon.passes.blockwise import BlockwiseModel
-from surgeon.passes.curvature import FloatArray, GroupPass, curvature_group, forward_group, observed_block
+from surgeon.passes.curvature import (
+    FloatArray,
+    GroupPass,
+    TokenArray,
+    curvature_group,
+    forward_group,
+    observed_block,
+)
 from surgeon.passes.targets import TokenTargets
 from surgeon.store import Reference
 from surgeon.transfer import symmetric_to_host, to_host
@@ -58,11 +65,11 @@ def boundary_task(context: Context, measured: Measured, group: range) -> Outcome
     """Hidden states that leave a group of blocks, `[n_sequences, length, width]` float32, from those that enter it."""
 
     def compute() -> Product:
-        tokens = read_arrays(context, measured.calibration.key)["tokens"]
+        tokens, first = _tokens(context, measured)
         boundary = _hidden(context, boundary_request(context, measured, group.start)) if group.start else None
         progress = partial(report, f"{measured.label}: forward, blocks {group.start}-{group.stop - 1}")
         model = open_model(context, measured.state)
-        return Product({"hidden": forward_group(model, tokens, group, boundary, context.batch_size, progress)})
+        return Product({"hidden": forward_group(model, tokens, group, boundary, context.batch_size, progress, first)})
 
     return produce(context, boundary_request(context, measured, group.stop), compute)
 
@@ -129,10 +136,12 @@ def run_pass(
     above = None
     if needs_gradient and group.stop < context.model.n_blocks:
         above = _hidden(context, gradient_request(context, measured, work.targets, group.stop))
+    tokens, first = _tokens(context, measured)
     return curvature_group(
         model,
         GroupPass(
-            sequences=read_arrays(context, measured.calibration.key)["tokens"],
+            sequences=tokens,
+            first_sequence=first,
             group=group,
             batch_size=context.batch_size,
             boundary=_hidden(context, boundary_request(context, measured, group.start)) if group.start else None,
@@ -143,6 +152,13 @@ def run_pass(
         observers,
         partial(report, f"{measured.label}: {what}, blocks {group.start}-{group.stop - 1}"),
     )
+
+
+def _tokens(context: Context, measured: Measured) -> tuple[TokenArray, int]:
+    """The sequences that are measured, `[n_sequences, length]`, and the index of the first of them among all."""
+    tokens: TokenArray = read_arrays(context, measured.calibration.key)["tokens"]
+    first, stop = measured.part or (0, len(tokens))
+    return tokens[first:stop], first
 
 
 def _hidden(context: Context, request: Request) -> FloatArray:

@@ -12,7 +12,7 @@ from surgeon.pruning.linear import PrunedLinear
 from surgeon.recovery.lora import merged_weights
 from surgeon.recovery.state import TrainingState
 from surgeon.shrinking import ShrunkModel
-from surgeon.store import Reference, Store
+from surgeon.store import Reference
 from tasks.context import Context, ModelState, StoredBlock
 from tasks.correction import relative_change
 from tasks.stage import Outcome, Product, Request, Stage, produce_all, read_arrays
@@ -114,7 +114,7 @@ def _before(
     """Arrays and attributes of the update of a block; of one as in the checkpoint, those that say that nothing went."""
     update = state.update_of(block)
     if update is not None:
-        return dict(read_arrays(context, update.key)), Store(context.store).open(update.key).attributes
+        return dict(read_arrays(context, update.key)), context.store.open().open(update.key).attributes
     arrays: dict[str, Any] = {}
     for name, linear in linears.items():
         arrays[f"{name}/weight"] = linear.weight.cpu().numpy()

@@ -6,7 +6,6 @@ They are those of what was inverted: the factor over rows (columns) that lived b
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from surgeon.curvature.factors import LinearFactors
 from surgeon.curvature.spec import Statistic
 from surgeon.curvature.spectrum import Spectrum, spectrum_of
-from surgeon.store import Reference, Store, StoredObject
+from surgeon.store import Reference, Store, StoredObject, StorePlace
 from tasks.context import LinearShape, split_columns, split_rows
 from tasks.stage import Outcome, Product, Request, Stage, produce
 
@@ -60,8 +59,9 @@ class SpectrumWork:
 class Here:
     """Eigenvalues come from this processor in float64, whatever made the factors."""
 
-    store: Path
+    store: StorePlace
     device: str = "cpu"
+    arithmetic: str = "cpu"
     dtype: str = "float64"
 
 
@@ -76,10 +76,10 @@ def spectrum_request(work: SpectrumWork) -> Request:
 
 def find_spectra(store: Store, work: SpectrumWork) -> Reference | None:
     """The eigenvalues of a block, if they were computed before; computes nothing."""
-    return store.lookup(spectrum_request(work).key(Here(store.root)))
+    return store.lookup(spectrum_request(work).key(Here(StorePlace(store.root))))
 
 
-def spectrum_task(store: Path, work: SpectrumWork) -> Outcome[Reference]:
+def spectrum_task(place: StorePlace, work: SpectrumWork) -> Outcome[Reference]:
     """Eigenvalues of the factors of one block's linears; a rerun finds them, also where the factors were dropped.
 
     Arrays are `<linear>/A` and `<linear>/G`, ascending float64. The attribute "linears" says by linear and side which
@@ -88,7 +88,7 @@ def spectrum_task(store: Path, work: SpectrumWork) -> Outcome[Reference]:
     Raises:
         EvictedError: if they have to be computed and the factors were dropped.
     """
-    return produce(Here(store), spectrum_request(work), lambda: _compute(Store(store), work))
+    return produce(Here(place), spectrum_request(work), lambda: _compute(place.open(), work))
 
 
 def read_spectra(store: Store, reference: Reference) -> dict[str, dict[str, Spectrum]]:

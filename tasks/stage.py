@@ -6,7 +6,6 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from traceback import clear_frames
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -17,7 +16,7 @@ from surgeon.choices import Precision
 from surgeon.errors import BatchMemoryError, MemoryShortageError
 from surgeon.peak import peak_gib, reset_peak
 from surgeon.precision import only_tf32_here
-from surgeon.store import Reference, Store, stage_key
+from surgeon.store import Reference, Store, StorePlace, stage_key
 from tasks.writing import current_backlog, write_all, writers_for
 
 T = TypeVar("T")
@@ -28,12 +27,16 @@ class Site(Protocol):
     """Where a result goes, and what every key holds; a `Context` is one."""
 
     @property
-    def store(self) -> Path:
-        """Directory of the store."""
+    def store(self) -> StorePlace:
+        """Where the store is."""
 
     @property
     def device(self) -> str:
         """Kind of device the numbers come from."""
+
+    @property
+    def arithmetic(self) -> str:
+        """The same with all else of the machine that they depend on."""
 
     @property
     def dtype(self) -> str:
@@ -79,7 +82,7 @@ class Stage:
 
     def key(self, context: Site, parameters: Mapping[str, Any], inputs: Mapping[str, str | Sequence[str]]) -> str:
         """Key of the result made from these parameters and inputs (content digests) on this kind of device."""
-        return stage_key(self.kind, self.version, parameters, inputs, context.device, context.dtype)
+        return stage_key(self.kind, self.version, parameters, inputs, context.arithmetic, context.dtype)
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ def produce_all(
         BatchMemoryError: a GPU had not enough memory for what fewer sequences at a time take less of.
         MemoryShortageError: a GPU had not enough memory for something else.
     """
-    store = store or Store(context.store)
+    store = store or context.store.open()
     keys = {name: request.key(context) for name, request in requests.items()}
     found = {name: readable(store, key) for name, key in keys.items()}
     start = time.perf_counter()
@@ -254,7 +257,7 @@ def commit(
     context: Site, request: Request, product: Product, start: float, store: Store | None = None
 ) -> Outcome[Reference]:
     """Commits a computed result; ``start`` is what `begin` returned before it was computed."""
-    reference = (store or Store(context.store)).commit(
+    reference = (store or context.store.open()).commit(
         request.key(context),
         request.stage.kind,
         product.arrays,
@@ -269,5 +272,5 @@ def commit(
 
 def read_arrays(context: Site, key: str) -> dict[str, "np.ndarray[Any, Any]"]:
     """All arrays of a stored object, checked."""
-    stored = Store(context.store).open(key)
+    stored = context.store.open().open(key)
     return {name: stored.array(name) for name in stored.names()}

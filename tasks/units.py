@@ -17,7 +17,7 @@ from surgeon.pruning.live import live_linear
 from surgeon.pruning.unit_allocation import UnitAllocation, UnitCurve, allocate_units
 from surgeon.pruning.units import Shape, SubLayer, SubLayerKind, sub_layers
 from surgeon.recipe import Recipe, UnitSpec
-from surgeon.store import Reference, Store, digest_arrays
+from surgeon.store import Reference, digest_arrays
 from tasks.context import Context, ModelSpec, split_columns, split_rows
 from tasks.rule import MaskRule, Usage
 
@@ -96,7 +96,7 @@ class UnitOrder:
 
 def unit_masks(context: Context, costs: Sequence[Reference], rule: MaskRule) -> tuple[dict[str, Array], dict[str, Any]]:
     """Live rows and columns of all linears of the model after a shot, one after the other; and facts."""
-    store = Store(context.store)
+    store = context.store.open()
     stored = [store.open(reference.key) for reference in costs]
     orders = [
         UnitOrder(stored[block].array(f"{sub.kind}/order"), stored[block].array(f"{sub.kind}/costs"))

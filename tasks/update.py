@@ -16,7 +16,7 @@ from surgeon.pruning.selection import weights_that_stay
 from surgeon.pruning.sequential import update_sequentially
 from surgeon.pruning.structure_update import update_structures
 from surgeon.pruning.weight_update import UpdateResult, update_weights
-from surgeon.store import Reference, Store
+from surgeon.store import Reference
 from surgeon.transfer import to_host
 from tasks.context import Context
 from tasks.costs import LIVE_SOURCES, BlockWork, damping_parameters
@@ -29,7 +29,7 @@ from tasks.weights import packed_live, read_linears
 Array = NDArray[Any]
 UPDATE = Stage(
     "update",
-    2,
+    3,
     (
         *LIVE_SOURCES,
         "surgeon.curvature.groups",
@@ -83,12 +83,13 @@ def update_task(context: Context, work: BlockWork, removal: Removal) -> Outcome[
     """Weights, biases and live sets of the linears of one block after the shot."""
 
     def compute() -> Product:
-        linears = read_linears(context, work.state, work.block)
+        how = _weights
         if work.recipe.update.rule is UpdateRule.SEQUENTIAL:
-            return update_product(_sequential(context, work, removal, linears))
-        if is_structured(work.recipe.granularity):
-            return update_product(_structures(context, work, removal, linears))
-        return update_product(_weights(context, work, removal, linears))
+            how = _sequential
+        elif is_structured(work.recipe.granularity):
+            how = _structures
+        # Handed over without a name here, so that what is replaced is freed.
+        return update_product(how(context, work, removal, read_linears(context, work.state, work.block)))
 
     report(f"{work.label}: update", work.block, context.model.n_blocks)
     return produce(context, update_request(work, removal), compute)
@@ -127,7 +128,7 @@ def _weights(
 ) -> dict[str, UpdateResult]:
     assert removal.mask is not None and removal.costs is not None, "weights go by a mask made from their costs"
     cuts = block_cuts(context, work.block, removal.mask)
-    costs = Store(context.store).open(removal.costs.key)
+    costs = context.store.open().open(removal.costs.key)
     results = {}
     for name, factors in read_statistics(context, work.statistics, list(linears)):
         where, recipe = f"block {work.block}, {name}", work.recipe

@@ -12,7 +12,6 @@ from surgeon.models import WeightFiles
 from surgeon.passes.blockwise import BlockwiseModel, no_overrides
 from surgeon.pruning.linear import LiveSet, PrunedLinear
 from surgeon.shrinking import ShrunkModel, shrink
-from surgeon.store import Store
 from tasks.context import Context, ModelState, split_columns, split_rows
 from tasks.stage import read_arrays
 
@@ -38,7 +37,7 @@ def block_tensors(context: Context, state: ModelState, block: int) -> Mapping[st
     update = state.update_of(block)
     if update is None:
         return {}
-    stored = Store(context.store).open(update.key)
+    stored = context.store.open().open(update.key)
     prefix = f"{context.model.blocks_path}.{block}"
     tensors = {
         f"{prefix}.{linear.name}.{part}": torch.from_numpy(stored.array(f"{linear.name}/{part}"))
@@ -52,7 +51,7 @@ def read_others(context: Context, state: ModelState, block: int) -> dict[str, Te
     """Changed tensors of a block that are no part of a linear, by name within the block; float32."""
     if (update := state.update_of(block)) is None:
         return {}
-    stored = Store(context.store).open(update.key)
+    stored = context.store.open().open(update.key)
     names = [name for name in stored.names() if name.startswith(OTHER)]
     return {name.removeprefix(OTHER): torch.from_numpy(stored.array(name)) for name in names}
 
@@ -89,7 +88,7 @@ def read_live(context: Context, state: ModelState, block: int) -> dict[str, tupl
     if (update := state.update_of(block)) is None:
         whole = [(torch.ones(s.n_out, dtype=torch.bool), torch.ones(s.n_in, dtype=torch.bool)) for s in shapes]
         return {shape.name: sets for shape, sets in zip(shapes, whole, strict=True)}
-    stored = Store(context.store).open(update.key)
+    stored = context.store.open().open(update.key)
     rows = split_rows(shapes, stored.array("live_rows"))
     columns = split_columns(shapes, stored.array("live_columns"))
     return {
@@ -104,7 +103,7 @@ def read_live_sets(context: Context, state: ModelState, block: int) -> dict[str,
     update = state.update_of(block)
     if update is None:
         return {name: LiveSet(rows, columns) for name, (rows, columns) in sets.items()}
-    stored = Store(context.store).open(update.key)
+    stored = context.store.open().open(update.key)
     packed = set(stored.names())
     result = {}
     for shape in context.model.blocks[block]:

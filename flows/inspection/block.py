@@ -151,7 +151,7 @@ def inspect_block(workspace: Workspace, engine: Engine, block: int, linear: str 
     spectra: dict[str, dict[str, Spectrum]] = {}
     if work is not None:
         name = f"{work.label}/block-{block:02d}/spectra"
-        spectra = read_spectra(store, engine.task(spectrum_task, store.root, work, name=name))
+        spectra = read_spectra(store, engine.task(spectrum_task, workspace.store, work, name=name))
     missing: list[str] = []
     samples = block_costs(store, references, shot, block)
     if samples is None and f"{shot_label(shot)}/mask" in references:

@@ -20,9 +20,9 @@ def open_store(workspace: Workspace) -> Store:
         InputError: there is none yet.
     """
     refill(workspace)
-    if not workspace.store.is_dir():
+    if not workspace.store.exists():
         raise InputError(f"there is no store at {workspace.store} yet; `surgeon run` makes one")
-    return Store(workspace.store)
+    return workspace.store.open()
 
 
 def read_manifest(workspace: Workspace) -> dict[str, Reference]:

@@ -6,6 +6,9 @@ from torch import Tensor
 from surgeon.errors import NumericalError
 from surgeon.repeatable import repeatable
 
+_COLUMNS = 256
+"""Columns that are multiplied at a time."""
+
 
 def members_of(owner: Tensor, n_groups: int) -> list[Tensor]:
     """Columns of each group, ascending.
@@ -64,14 +67,19 @@ def joint_costs(weight: Tensor, pulled: Tensor, inverse: Tensor, owner: Tensor, 
     sizes = torch.bincount(owner[owner >= 0], minlength=n_groups)
     if not n_groups or int(sizes.max()) <= 1:
         columns = (owner >= 0).nonzero()[:, 0]
-        energy = (weight[:, columns] * pulled[:, columns]).sum(dim=0)
-        costs[owner[columns]] = 0.5 * energy / inverse.diagonal()[columns]
+        costs[owner[columns]] = (0.5 * _energies(weight, pulled) / inverse.diagonal())[columns]
         return costs
     for group, columns in enumerate(members_of(owner, n_groups)):
         if columns.numel():
             solved = torch.cholesky_solve(weight[:, columns].T, cholesky_of(inverse[columns][:, columns], where))
             costs[group] = 0.5 * (solved * pulled[:, columns].T).sum()
     return costs
+
+
+def _energies(weight: Tensor, pulled: Tensor) -> Tensor:
+    """``w_cᵀ (G W)_c`` of every column, `[n]`; some at a time, so that no third matrix of that size is held."""
+    parts = zip(torch.split(weight, _COLUMNS, dim=1), torch.split(pulled, _COLUMNS, dim=1), strict=True)
+    return torch.cat([(w * p).sum(dim=0) for w, p in parts])
 
 
 def cholesky_of(matrix: Tensor, where: str) -> Tensor:

@@ -15,11 +15,13 @@ Reference: Martens & Grosse 2015 (K-FAC); LeCun et al. 1989 (OBD); Hassibi & Sto
 2024 (LLM Surgeon), section 3.2.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from surgeon.choices import Cost
-from surgeon.curvature.damping import Factorised, damped, factorise, triangular_inverse
+from surgeon.curvature.damping import Factorised, damped, factorise
 from surgeon.curvature.groups import joint_costs, plain_costs, with_bias
 from surgeon.curvature.interface import LinearCurvature
 from surgeon.recipe import Damping
@@ -44,33 +46,47 @@ class _Side:
         self._where = where
         self._damped: dict[torch.dtype, Tensor] = {}
         self._factorised: Factorised | None = None
+        self._in_force = (damping, 0)
 
     @property
     def factorised(self) -> Factorised:
-        """Damped and factorised, in float64."""
+        """Damped and factorised in float64, and kept."""
         if self._factorised is None:
-            matrix = torch.eye(self.n, device=self.device) if self.matrix is None else self.matrix
-            self._factorised = factorise(matrix.double(), self._asked, self._where)
-            self._damped.clear()  # the damping may have been raised
+            self._factorised = self.factorise()
         return self._factorised
+
+    def inverse(self) -> Tensor:
+        """``M̂⁻¹`` `[n, n]` float64, a new matrix: the only one of its size that is held."""
+        return self._to_use_up().inverted()
+
+    def _to_use_up(self) -> Factorised:
+        """A factorisation that nothing else needs."""
+        kept = self._factorised
+        return self.factorise() if kept is None else replace(kept, cholesky=kept.cholesky.clone())
+
+    def factorise(self, order: Tensor | None = None) -> Factorised:
+        """The same with rows and columns in some order, `[n]` int64, and not kept."""
+        matrix = torch.eye(self.n, device=self.device) if self.matrix is None else self.matrix
+        result = factorise(matrix, self._asked, self._where, order)
+        self._in_force = (result.damping, result.escalations)
+        self._damped.clear()  # the damping may have been raised
+        return result
 
     @property
     def damping(self) -> float:
         """Relative damping in force."""
-        return self._asked if self._factorised is None else self._factorised.damping
+        return self._in_force[0]
 
     @property
     def escalations(self) -> int:
         """How often it had to be raised."""
-        return 0 if self._factorised is None else self._factorised.escalations
+        return self._in_force[1]
 
     def damped(self, dtype: torch.dtype) -> Tensor:
         """With damping, in some dtype."""
         assert self.matrix is not None, "the identity is not multiplied with"
         if dtype not in self._damped:
-            done = self._factorised
-            matrix = damped(self.matrix.double(), self.damping) if done is None else done.damped
-            self._damped[dtype] = matrix.to(dtype)
+            self._damped[dtype] = damped(self.matrix, self.damping).to(dtype)
         return self._damped[dtype]
 
     def diagonal(self) -> Tensor:
@@ -88,7 +104,7 @@ class _Side:
         """For OBD the diagonal; for OBS one over that of the inverse of the damped factor, `[n]` float64."""
         if cost is Cost.OBD or self.matrix is None:
             return self.diagonal()
-        return 1.0 / self.factorised.inverse_diagonal()
+        return 1.0 / self._to_use_up().inverted_diagonal()
 
 
 class KroneckerCurvature(LinearCurvature):
@@ -123,6 +139,11 @@ class KroneckerCurvature(LinearCurvature):
     def has_gradients(self) -> bool:
         """Whether ``G`` is not the identity."""
         return self._rows.matrix is not None
+
+    @property
+    def has_activations(self) -> bool:
+        """Whether ``A`` is not the identity."""
+        return self._columns.matrix is not None
 
     @property
     def gradients(self) -> Factorised:
@@ -192,8 +213,15 @@ class KroneckerCurvature(LinearCurvature):
         """``Â⁻¹``, `[n_in (+ 1), n_in (+ 1)]` float64."""
         if self._columns.matrix is None:
             return torch.eye(self.shape[1], dtype=torch.float64, device=self._columns.device)
-        lower = triangular_inverse(self.activations.cholesky)
-        return lower.T @ lower
+        return self._columns.inverse()
+
+    def ordered_gradients(self, order: Tensor) -> Factorised:
+        """``Ĝ`` factorised with its rows and columns in some order, `[n_out]` int64; not kept here."""
+        return self._rows.factorise(order)
+
+    def ordered_activations(self, order: Tensor) -> Factorised:
+        """``Â`` likewise, `[n_in (+ 1)]` int64."""
+        return self._columns.factorise(order)
 
     def weight_scales(self, cost: Cost) -> Tensor:
         """See the table of the module."""

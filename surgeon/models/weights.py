@@ -1,6 +1,5 @@
 """Reads tensors of a checkpoint by the names its model uses, a few at a time."""
 
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -63,18 +62,13 @@ class WeightFiles:
         Raises:
             ModelError: A name is not stored.
         """
-        by_file: dict[Path, list[tuple[str, str]]] = defaultdict(list)
-        for name in names:
-            stored_name = self._require(name)
-            by_file[self._stored[stored_name].file].append((name, stored_name))
-        tensors: dict[str, Tensor] = {}
-        for file, pairs in by_file.items():
-            with safe_open(file, framework="pt") as opened:
-                for name, stored_name in pairs:
-                    mapped: Tensor = opened.get_tensor(stored_name)
-                    wanted = dtype if mapped.is_floating_point() else mapped.dtype
-                    tensors[name] = mapped.to(wanted, copy=True)
-        return tensors
+        return {name: self._read(self._require(name), dtype) for name in names}
+
+    def _read(self, stored_name: str, dtype: torch.dtype) -> Tensor:
+        """One tensor, from a mapping of its own: pages stay in the memory of the process as long as it is mapped."""
+        with safe_open(self._stored[stored_name].file, framework="pt") as opened:
+            mapped: Tensor = opened.get_tensor(stored_name)
+            return mapped.to(dtype if mapped.is_floating_point() else mapped.dtype, copy=True)
 
     def matches(self, skeleton: PreTrainedModel) -> None:
         """Checks that the files hold every tensor of a model, in the model's shapes.

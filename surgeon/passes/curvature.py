@@ -51,6 +51,7 @@ class GroupPass:
             for the last group, which takes it from the loss (summed over tokens).
         targets: next tokens the loss is taken for.
         needs_gradient: without, the pass ends at the last block: there is no graph, no loss and no gradient.
+        first_sequence: index of the first sequence among all, where these are a shard of them.
     """
 
     sequences: TokenArray
@@ -60,6 +61,7 @@ class GroupPass:
     gradient_above: FloatArray | None = None
     targets: TokenTargets = EMPIRICAL
     needs_gradient: bool = True
+    first_sequence: int = 0
 
 
 def forward_group(
@@ -69,6 +71,7 @@ def forward_group(
     boundary: FloatArray | None,
     batch_size: int,
     progress: Progress = no_progress,
+    first_sequence: int = 0,
 ) -> FloatArray:
     """Carries hidden states through one group of blocks without a graph.
 
@@ -79,6 +82,7 @@ def forward_group(
         boundary: input of the group's first block, `[n_sequences, length, width]` float32; None for the first group.
         batch_size: sequences at a time.
         progress: told after each batch.
+        first_sequence: index of the first sequence among all, where these are a shard of them.
 
     Returns:
         Input of the block after the group, `[n_sequences, length, width]` float32.
@@ -92,7 +96,7 @@ def forward_group(
         for done, part in enumerate(parts, start=1):
             embedded = _start(model, sequences[part], boundary, part)
             hidden = _forward(model, group, embedded.hidden, embedded)
-            _require_finite_hidden(hidden, group, part)
+            _require_finite_hidden(hidden, group, first_sequence + part.start)
             if result is None:
                 result = host_buffer((len(sequences), *hidden.shape[1:]), hidden)
             result[part].copy_(hidden, non_blocking=True)
@@ -138,7 +142,7 @@ def curvature_group(
             tokens = what.sequences[part]
             n_sequences, length = tokens.shape
             for observer in everyone:
-                observer.start_batch(part.start, n_sequences, length, n_draws)
+                observer.start_batch(what.first_sequence + part.start, n_sequences, length, n_draws)
             embedded = _start(model, tokens, what.boundary, part)
             if what.needs_gradient:
                 for draw, gradient in enumerate(_gradients(model, what, embedded, part)):
@@ -218,16 +222,17 @@ def _gradients(model: BlockwiseModel, what: GroupPass, embedded: Embedded, part:
         return
     input_ids = torch.from_numpy(what.sequences[part])
     logits = model.head(input_ids, hidden)
+    first = what.first_sequence + part.start
     for draw in range(last + 1):
-        loss = target_loss(logits, what.targets.next_tokens(logits, input_ids, part.start, draw))
+        loss = target_loss(logits, what.targets.next_tokens(logits, input_ids, first, draw))
         yield torch.autograd.grad(loss, start, retain_graph=draw < last)[0]
 
 
-def _require_finite_hidden(hidden: Tensor, group: range, part: slice) -> None:
+def _require_finite_hidden(hidden: Tensor, group: range, first_sequence: int) -> None:
     # In float16 a sum of finite numbers overflows easily.
     finite = torch.isfinite(hidden.flatten(1).sum(dim=1, dtype=torch.float32))
     if not finite.all():
-        where = f"sequence {part.start + int((~finite).nonzero()[0])}"
+        where = f"sequence {first_sequence + int((~finite).nonzero()[0])}"
         raise NonFiniteError(
             f"non-finite hidden states after blocks {group.start} to {group.stop - 1}, {where}. "
             "Try model.dtype float32 or bfloat16, or leave that sequence out with another seed."

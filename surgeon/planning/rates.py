@@ -17,12 +17,13 @@ import numpy as np
 import torch
 
 from surgeon.benchmarking.clock import seconds_of
-from surgeon.curvature.damping import triangular_inverse
 from surgeon.curvature.gram import add_gram
+from surgeon.curvature.triangular import cholesky_in_place, gram_of_lower, invert_lower
 from surgeon.models import Checkpoint
 from surgeon.passes.blockwise import BlockwiseModel, Embedded
 from surgeon.passes.loss import next_token_loss
 from surgeon.planning.passes import BlockShape, gram_work
+from surgeon.planning.solves import INVERSE
 from surgeon.planning.work import Operation, Work
 from surgeon.store import Store, digest_file, digest_text
 
@@ -238,13 +239,12 @@ def _matrix_rates(sample: Sample, clock: _Clock) -> dict[Operation, float]:
     kept = torch.arange(side, device=sample.device)[: side - side // 32 or 1]
 
     def solve() -> None:
-        lower = triangular_inverse(torch.linalg.cholesky(spd))
-        lower.T @ lower
+        gram_of_lower(invert_lower(cholesky_in_place(spd.clone())[0]))
 
     return {
         Operation.GRAM: tokens * side * side * _panel_share(side) / clock.typical(lambda: add_gram(total, x)),
         Operation.PRODUCTS: side**3 / clock.typical(lambda: a @ a),
-        Operation.SOLVES: 1.5 * side**3 / clock.typical(solve),
+        Operation.SOLVES: INVERSE * side**3 / clock.typical(solve),
         Operation.EIGEN: len(small) ** 3 / clock.typical(lambda: torch.linalg.eigh(small)),
         Operation.COPIES: 32 * len(kept) ** 2 / clock.typical(lambda: spd[kept][:, kept]),
     }

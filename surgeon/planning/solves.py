@@ -1,9 +1,9 @@
 """Work of costs and updates of one linear with n_out = o rows and n_in = i columns, by what the recipe asks for.
 
 In multiply-adds, float64: a Cholesky factorisation n³/6 (alone it runs at half the rate of products, and so counts
-twice), the inverse of its factor n³/3 (`triangular_inverse`), that of the matrix from it n³ more, a product of matrices
-its three sides. Copies are bytes: most steps cut rows and columns out
-of matrices of the size of a factor.
+twice), the inverse of its factor n³/3, the inverse of the matrix from it n³/6 (`surgeon/curvature/triangular.py`), a
+product of matrices its three sides. Copies are bytes: most steps cut rows and columns out of matrices of the size of a
+factor.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ _CHOLESKY = 2 / 6
 """A factorisation, in n³."""
 _SCALES = _CHOLESKY + 1 / 3
 """Diagonal of an inverse, in n³."""
-_INVERSE = 1 / 6 + 1 / 3 + 1
+INVERSE = _CHOLESKY + 1 / 3 + 1 / 6
 """A whole inverse, in n³."""
 _FACTOR_COPIES = 60
 """Bytes for each entry of a factor that is unpacked, cut to what lives, taken to float64 and damped."""
@@ -80,7 +80,7 @@ def _unit_costs(recipe: Recipe, linear: Solved) -> Work:
     if _is_diagonalised(recipe):
         return pulled + Work.of(solves=o * i * i, copies=8 * o * i)
     rescorings = recipe.units.rescorings if recipe.units else 0
-    inverse = Work.of(solves=_INVERSE * i**3, copies=48 * i * i)
+    inverse = Work.of(solves=INVERSE * i**3, copies=48 * i * i)
     return pulled + inverse + elimination_work(o, i, linear.n_groups, rescorings)
 
 
@@ -122,11 +122,7 @@ def _structures(recipe: Recipe, linear: Solved) -> Work:
         if share:
             q = share * n
             k = n - q
-            few = n * n * q + k * q * q / 2
-            many = _CHOLESKY * k**3 + k * k * q
-            work += Work.of(
-                solves=_CHOLESKY * n**3 + min(few, many) + k * q * q + other * q * n + o * q * q, copies=24 * n * n
-            )
+            work += Work.of(solves=_CHOLESKY * n**3 + k * k * q / 2 + other * q * n + o * q * q, copies=24 * n * n)
     if recipe.correction is Correction.NEWTON:
         work += Work.of(solves=_CHOLESKY * (o**3 + i**3) + 2 * (o * o * i + o * i * i))
     return work

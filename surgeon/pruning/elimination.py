@@ -25,6 +25,9 @@ from surgeon.curvature.kronecker import KroneckerCurvature
 from surgeon.errors import NonFiniteError
 from surgeon.pruning.live import LiveLinear
 
+_CUT_ENTRIES = 1 << 20
+"""Numbers that are moved at a time."""
+
 
 @dataclass(frozen=True)
 class Elimination:
@@ -69,32 +72,58 @@ def eliminate(live: LiveLinear, owner: Tensor, n_groups: int, cost: Cost, where:
 def _one_after_the_other(
     live: LiveLinear, curvature: KroneckerCurvature, owner: Tensor, n_groups: int, where: str, steps: int
 ) -> Elimination:
-    weight = live.weight.double()
-    pulled = curvature.pulled(weight)  # costs need Wᵀ G W, and G W changes as W does
-    inverse = curvature.inverse_activations()
-    owner = with_bias(owner, weight.shape[1])
+    # Columns are rows here, so that cutting some out leaves what stays together in memory.
+    weight = live.weight.double().T.clone(memory_format=torch.contiguous_format)
+    pulled = curvature.pulled(live.weight).T.clone(
+        memory_format=torch.contiguous_format
+    )  # costs need Wᵀ G W, and G W changes as W does
+    inverse = curvature.inverse_activations().mT  # symmetric; this way it is contiguous
+    owner = with_bias(owner, weight.shape[0])
     sizes = torch.bincount(owner[owner >= 0], minlength=n_groups)
     order, costs = [(sizes == 0).nonzero()[:, 0]], [weight.new_zeros(int((sizes == 0).sum()))]
     left = sizes > 0
     at_a_time = -(-int(left.sum()) // steps)
     while left.any():
-        alone = joint_costs(weight, pulled, inverse, owner, n_groups, where).masked_fill_(~left, torch.inf)
+        alone = joint_costs(weight.T, pulled.T, inverse, owner, n_groups, where).masked_fill_(~left, torch.inf)
         if not torch.isfinite(alone[left]).all():
             return Elimination(left.nonzero()[:, 0], alone[left])
         picked = torch.argsort(alone, stable=True)[: min(at_a_time, int(left.sum()))]
         left[picked] = False
         goes = torch.isin(owner, picked)
         q, k = goes.nonzero()[:, 0], (~goes).nonzero()[:, 0]
-        cholesky = cholesky_of(inverse[q][:, q], where)
-        together = 0.5 * (torch.cholesky_solve(weight[:, q].T, cholesky) * pulled[:, q].T).sum()
+        gone = inverse[q]
+        cholesky = cholesky_of(gone[:, q], where)
+        weight_gone, pulled_gone, across = weight[q], pulled[q], gone[:, k]
+        together = 0.5 * (torch.cholesky_solve(weight_gone, cholesky) * pulled_gone).sum()
         order.append(picked)
         costs.append(_divided(together, alone[picked]))
-        spread = torch.cholesky_solve(inverse[q][:, k], cholesky)
-        inverse = inverse[k][:, k] - inverse[k][:, q] @ spread
-        weight = weight[:, k] - weight[:, q] @ spread
-        pulled = pulled[:, k] - pulled[:, q] @ spread
+        spread = torch.cholesky_solve(across, cholesky)
+        inverse = cut_in_place(inverse, k, k).addmm_(across.T, spread, alpha=-1)
+        weight = cut_in_place(weight, k).addmm_(spread.T, weight_gone, alpha=-1)
+        pulled = cut_in_place(pulled, k).addmm_(spread.T, pulled_gone, alpha=-1)
         owner = owner[k]
     return Elimination(torch.cat(order), torch.cat(costs))
+
+
+def cut_in_place(matrix: Tensor, rows: Tensor, columns: Tensor | None = None) -> Tensor:
+    """Some rows and columns of a matrix, moved to the beginning of its own memory.
+
+    Args:
+        matrix: `[n, m]`, contiguous; used up.
+        rows: which stay, ascending, int64.
+        columns: likewise; None keeps all.
+
+    Returns:
+        `[n_rows, n_columns]`, contiguous.
+    """
+    width = matrix.shape[1] if columns is None else columns.numel()
+    kept = matrix.view(-1)[: rows.numel() * width].view(rows.numel(), width)
+    at_a_time = max(1, _CUT_ENTRIES // max(1, matrix.shape[1]))
+    for start in range(0, rows.numel(), at_a_time):
+        # What is read lies behind what is written, since rows ascend; and it is copied before it is written.
+        part = matrix[rows[start : start + at_a_time]]
+        kept[start : start + at_a_time] = part if columns is None else part[:, columns]
+    return kept
 
 
 def _divided(together: Tensor, alone: Tensor) -> Tensor:

@@ -9,11 +9,13 @@ The published update adds the two solutions computed from the original W indepen
 ``P W_QQ S``; it is kept as `UpdateRule.INDEPENDENT` for reproduction.
 
 The steps of the exact update are orthogonal in the curvature's inner product, so the predicted rise of the loss is
-``½ tr(Ĝ W_Q (Â/Â_KK) W_Qᵀ) + ½ tr((Ĝ/Ĝ_KK) W_Q Â W_Qᵀ)`` with Schur complements of size q: no dense product needed.
+``½ tr(Ĝ W_Q (Â/Â_KK) W_Qᵀ) + ½ tr((Ĝ/Ĝ_KK) W_Q Â W_Qᵀ)`` with Schur complements of size q, whose roots are parts of
+the Cholesky factors: no dense product needed.
 
 Reference: van der Ouderaa et al. 2024 (LLM Surgeon), section 3.2; the joint solution is ours.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,7 @@ from surgeon.choices import UpdateRule
 from surgeon.curvature.damping import Factorised
 from surgeon.curvature.diagonalised import DiagonalisedCurvature
 from surgeon.curvature.kronecker import KroneckerCurvature
+from surgeon.curvature.triangular import solve_transposed
 from surgeon.errors import NumericalError
 from surgeon.pruning.conjugate import Convergence, Preconditioner, Problem, minimise
 from surgeon.pruning.live import LiveLinear
@@ -35,13 +38,16 @@ class _Elimination:
     """Which live structures of one side go, and the solution that spreads them over those which stay.
 
     ``kept`` and ``removed`` are index vectors into the live structures; ``spread`` is ``M̂_KK⁻¹ M̂_KQ`` `[k, q]`;
-    ``schur`` is ``M̂_QQ - M̂_QK M̂_KK⁻¹ M̂_KQ`` `[q, q]`.
+    ``root`` `[q, q]` and ``kept_root`` `[k, k]` are lower triangular: ``M̂_QQ - M̂_QK M̂_KK⁻¹ M̂_KQ = root rootᵀ`` and
+    ``M̂_KK = kept_root kept_rootᵀ``, all of it parts of ``factorised``.
     """
 
     kept: Tensor
     removed: Tensor
     spread: Tensor
-    schur: Tensor
+    root: Tensor
+    kept_root: Tensor
+    factorised: Factorised
 
 
 def update_structures(
@@ -57,7 +63,7 @@ def update_structures(
         where: block and linear, for the error message.
 
     Raises:
-        NumericalError: if the kept part of a factor is not positive definite (rounding, without damping).
+        NumericalError: if a factor is not positive definite although damping was raised.
         NonFiniteError: if an updated weight is not finite.
     """
     before = live.linear
@@ -69,7 +75,7 @@ def update_structures(
         updated = weight * (keep_rows[:, None] & keep_columns[None, :])
         predicted = live.curvature.energy(updated - weight)
     elif isinstance(live.curvature, KroneckerCurvature):
-        updated, predicted = _by_elimination(live, live.curvature, keep_rows, keep_columns, spec, where)
+        updated, predicted = _by_elimination(live, live.curvature, keep_rows, keep_columns, spec)
     else:
         updated, predicted, convergence = _by_iteration(live, keep_rows, keep_columns, spec, where)
     linear = live.replaced(updated, live_rows, live_columns, None, where)
@@ -84,15 +90,19 @@ def _by_elimination(
     keep_rows: Tensor,
     keep_columns: Tensor,
     spec: UpdateSpec,
-    where: str,
 ) -> tuple[Tensor, float]:
     """The solution in closed form for one Kronecker product."""
     # Where no row goes the factor of gradients cancels, and need not be factorised.
-    rows = None if keep_rows.all() else _eliminate(curvature.gradients, keep_rows, f"{where}, gradients")
-    columns = _eliminate(curvature.activations, keep_columns, f"{where}, activations")
+    rows = None if keep_rows.all() else _eliminate(curvature.ordered_gradients, keep_rows)
+    columns = _eliminate(curvature.ordered_activations, keep_columns)
     weight, offset = live.weight, 0.0
     if spec.newton_step and live.loss_gradient is not None:
-        step = spec.newton_step * curvature.solve(live.loss_gradient)
+        step = live.loss_gradient
+        if curvature.has_gradients:
+            step = (curvature.gradients if rows is None else rows.factorised).solve(step)
+        if curvature.has_activations:
+            step = columns.factorised.solve(step.T).T
+        step = spec.newton_step * step
         weight, offset = weight - step, -curvature.energy(step)
     if spec.rule is UpdateRule.EXACT:
         updated, predicted = _exact(weight, rows, columns, curvature)
@@ -131,27 +141,18 @@ def _kept_product(curvature: object, keep_rows: Tensor, keep_columns: Tensor, wh
     return solve
 
 
-def _eliminate(factor: Factorised, keep: Tensor, where: str) -> _Elimination:
-    """Solves for the spread, the cheaper way.
+def _eliminate(factorised: Callable[[Tensor], Factorised], keep: Tensor) -> _Elimination:
+    """Solves for the spread: one factorisation in which what stays comes first has everything in its parts.
 
-    Few removed: from columns of the inverse, ``M̂_KK⁻¹ M̂_KQ = -[M̂⁻¹]_KQ ([M̂⁻¹]_QQ)⁻¹``, with the Cholesky factor that is
-    there already. Many: from a factorisation of the kept part.
+    With ``M̂ = L Lᵀ``, ``M̂_KK = L_KK L_KKᵀ`` and ``M̂_KQ = L_KK L_QKᵀ``, so the spread is ``L_KK⁻ᵀ L_QKᵀ``; and
+    ``L_QQ L_QQᵀ`` is the Schur complement.
     """
     kept, removed = keep.nonzero()[:, 0], (~keep).nonzero()[:, 0]
-    m = factor.damped
-    n, k, q = keep.numel(), kept.numel(), removed.numel()
-    if q == 0 or k == 0:
-        return _Elimination(kept, removed, m.new_zeros(k, q), m[removed][:, removed])
-    if 2 * n * n * q + k * q * q < k**3 / 3 + 2 * k * k * q:
-        unit = m.new_zeros(n, q)
-        unit[removed, torch.arange(q, device=m.device)] = 1.0
-        inverse = torch.cholesky_solve(unit, factor.cholesky)
-        block = _cholesky(inverse[removed], factor.damping, where)
-        schur = torch.cholesky_inverse(block)
-        return _Elimination(kept, removed, -torch.cholesky_solve(inverse[kept].T, block).T, schur)
-    cross = m[kept][:, removed]
-    spread = torch.cholesky_solve(cross, _cholesky(m[kept][:, kept], factor.damping, where))
-    return _Elimination(kept, removed, spread, m[removed][:, removed] - cross.T @ spread)
+    whole = factorised(torch.cat([kept, removed]))
+    lower, k = whole.cholesky, kept.numel()
+    kept_root = lower[:k, :k]
+    spread = solve_transposed(kept_root, lower[k:, :k].T.clone(memory_format=torch.contiguous_format))
+    return _Elimination(kept, removed, spread, lower[k:, k:], kept_root, whole)
 
 
 def _cholesky(matrix: Tensor, damping: float, where: str) -> Tensor:
@@ -171,13 +172,14 @@ def _exact(
 ) -> tuple[Tensor, float]:
     updated = weight.clone()
     gone = weight[:, columns.removed]
-    predicted = 0.5 * (curvature.damped_pulled(gone) * (gone @ columns.schur)).sum()
+    rooted = gone @ columns.root
+    predicted = 0.5 * (curvature.damped_pulled(rooted) * rooted).sum()
     updated[:, columns.kept] += gone @ columns.spread.T
     updated[:, columns.removed] = 0
     if rows is None:
         return updated, float(predicted)
     lost = updated[rows.removed]
-    predicted += 0.5 * ((lost @ curvature.activations.damped) * (rows.schur @ lost)).sum()
+    predicted += 0.5 * (rows.root.T @ lost[:, columns.kept] @ columns.kept_root).square().sum()
     updated[rows.kept] += rows.spread @ lost
     updated[rows.removed] = 0
     return updated, float(predicted)

@@ -3,6 +3,7 @@
 from surgeon.store.arrays import BFloat16Array, Layout, ReadArray, StorableArray
 from surgeon.store.intake import take_in
 from surgeon.store.keys import SCHEMA, canonical_json, digest_arrays, digest_file, digest_text, stage_key
+from surgeon.store.place import CACHE_VARIABLE, StorePlace, is_url
 from surgeon.store.planned import PlannedStore, is_promised, promised_digest
 from surgeon.store.reading import ArrayInfo, StoredObject
 from surgeon.store.reference import Reference
@@ -14,6 +15,7 @@ from surgeon.store.users import Presence, alone, live_users
 from surgeon.store.view import build_view
 
 __all__ = [
+    "CACHE_VARIABLE",
     "SCHEMA",
     "ArrayInfo",
     "BFloat16Array",
@@ -26,6 +28,7 @@ __all__ = [
     "Size",
     "StorableArray",
     "Store",
+    "StorePlace",
     "StoredObject",
     "SymmetricMatrix",
     "alone",
@@ -36,6 +39,7 @@ __all__ = [
     "digest_text",
     "forget",
     "is_promised",
+    "is_url",
     "live_users",
     "pack_symmetric",
     "promised_digest",

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from surgeon.store.arrays import StorableArray
+from surgeon.store.reading import StoredObject
 from surgeon.store.reference import Reference
 from surgeon.store.store import Store
 
@@ -39,26 +39,31 @@ class PlannedStore(Store):
     A promised object has a made-up digest, which no stored object has: what is made from it counts as missing.
 
     Args:
-        root: of the real store, which is only read.
+        real: the store it stands for, which is only read.
 
     Attributes:
         changes: what was promised and dropped so far, in order.
     """
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
+    def __init__(self, real: Store) -> None:
+        super().__init__(real.root)
+        self._real = real.quiet()
         self._promised: dict[str, Reference] = {}
         self._has_arrays: dict[str, bool] = {}
         self.changes: list[Change] = []
 
     def lookup(self, key: str, *, label: str | None = None) -> Reference | None:
         """The reference of an object that is there, or will be."""
-        return self._promised.get(key) or super().lookup(key, label=label)
+        return self._promised.get(key) or self._real.lookup(key, label=label)
 
     def has_payload(self, key: str) -> bool:
         """Whether the arrays of an object are there, or will be."""
         found = self._has_arrays.get(key)
-        return super().has_payload(key) if found is None else found
+        return self._real.has_payload(key) if found is None else found
+
+    def open(self, key: str) -> StoredObject:
+        """Opens an object that is there."""
+        return self._real.open(key)
 
     def promise(self, key: str, kind: str, attributes: Mapping[str, Any], label: str = "") -> Reference:
         """Counts an object as there from now on, with its arrays.

@@ -34,6 +34,7 @@ class Store:
             StoreError: if the directory holds something else, or a store of another schema.
         """
         self.root = Path(root).absolute()
+        self.name = str(self.root)
         self._paths = open_root(self.root)
 
     def lookup(self, key: str, *, label: str | None = None) -> Reference | None:
@@ -53,8 +54,14 @@ class Store:
 
     def has_payload(self, key: str) -> bool:
         """Whether an object is there with its arrays, that is, not evicted."""
-        directory = self._paths.object(key)
-        return directory.exists() and not (directory / EVICTED_FILE).exists()
+        return self._is_whole(key)
+
+    def fetch(self, key: str) -> None:
+        """Makes sure that what the store has of an object lies in its directory; here it always does."""
+
+    def quiet(self) -> "Store":
+        """The same store for those who only look; it changes nothing in a bucket behind it."""
+        return self
 
     def commit(
         self,
@@ -184,7 +191,7 @@ class Store:
                 sync(self._paths.objects)
                 return
             self._require_equal(replace(existing, label=reference.label), reference.digest)
-            if not self.has_payload(reference.key) and not (staging / EVICTED_FILE).exists():
+            if not self._is_whole(reference.key) and not (staging / EVICTED_FILE).exists():
                 restore_payload(target, staging, self._paths.new_temporary(reference.key))
 
     def evict(self, key: str) -> None:
@@ -276,6 +283,11 @@ class Store:
             remove_tree(path)
         return stale
 
+    def _is_whole(self, key: str) -> bool:
+        """Whether an object's directory is there with its arrays."""
+        directory = self._paths.object(key)
+        return directory.exists() and not (directory / EVICTED_FILE).exists()
+
     def _existing(self, key: str) -> Reference:
         reference = self.lookup(key)
         if reference is None:
@@ -283,7 +295,7 @@ class Store:
         return reference
 
     def _unknown(self, key: str) -> StoreError:
-        return StoreError(f"The store {self.root} has no object {key}. Compute it first, or open the right store.")
+        return StoreError(f"The store {self.name} has no object {key}. Compute it first, or open the right store.")
 
     def _read(self, key: str, label: str | None) -> Reference | None:
         directory = self._paths.object(key)

@@ -107,9 +107,11 @@ def _make_parents(draft: Path, name: str) -> None:
 def _link_object(store: Store, key: str, draft: Path, name: str) -> None:
     if store.lookup(key, label=name) is None:
         raise StoreError(f"The view's entry {name!r} names the object {key}, which {store.root} does not have.")
-    source = store.path(key)
+    source, has_arrays = store.path(key), store.has_payload(key)
+    if has_arrays:
+        store.fetch(key)
     with store.frozen(key):
-        paths = walk_files(source) if store.has_payload(key) else iter([Path(GROUP_FILE)])
+        paths = walk_files(source) if has_arrays else iter([Path(GROUP_FILE)])
         for path in paths:
             if path.as_posix() in (RECORD_FILE, EVICTED_FILE):
                 continue

@@ -56,7 +56,7 @@ def pruned(
 def planned(runs: Runs, prune: dict[str, Any] | None = None, **settings: Any) -> DryRun:
     """What a run is expected to execute."""
     session = session_of(runs, **(prune or {}))
-    dry = DryRun(PlannedStore(session.context.store))
+    dry = DryRun(PlannedStore(session.context.store.open()))
     engine = DryEngine(dry)
     other = session.rehearsal(engine, dry.store)
     engine.stage("prune", lambda: rounds(other, **settings))

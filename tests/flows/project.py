@@ -33,7 +33,10 @@ from surgeon.store import Store
 ROOT = Path(__file__).parents[2]
 COMMAND = Path(sys.executable).with_name("surgeon")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "TERM": "dumb"}
-REMOVED = ("SURGEON_STORE", "SURGEON_MODELS", "SURGEON_PROJECT", "SURGEON_SMOLLM2_WHEEL", "PREFECT_API_URL")
+REMOVED = (
+    *("SURGEON_STORE", "SURGEON_CACHE", "SURGEON_MODELS", "SURGEON_PROJECT", "SURGEON_SMOLLM2_WHEEL"),
+    "PREFECT_API_URL",
+)
 _PRELOADED = [
     *("flows.cli", "flows.stages", "flows.status", "flows.inspection.command", "flows.render", "flows.display"),
     *("flows.prefect_engine", "flows.session", "flows.report.page", "pydoc_data.topics"),

@@ -15,7 +15,7 @@ from surgeon.curvature.spectrum import Spectrum
 from surgeon.errors import EvictedError, InputError
 from surgeon.pruning.linear import PrunedLinear
 from surgeon.pruning.live import live_linear, without_dead
-from surgeon.store import Store
+from surgeon.store import Store, StorePlace
 from tasks.context import ModelState
 from tasks.curvature import read_statistics
 from tasks.spectra import read_spectra, spectrum_task
@@ -267,9 +267,9 @@ def test_spectra_are_those_of_what_was_inverted(runs: Runs, settings: dict[str, 
     dampings = {(d.block, d.linear): d for d in read_anatomy(runs.store, references, 2).dampings}
     work = spectrum_work(references, 2, 1, pruned.session.model.blocks[1])
     assert work is not None
-    outcome = spectrum_task(runs.store.root, work)
+    outcome = spectrum_task(StorePlace(runs.store.root), work)
     found = read_spectra(runs.store, outcome.value)
-    assert spectrum_task(runs.store.root, work).cached
+    assert spectrum_task(StorePlace(runs.store.root), work).cached
     statistics = {s: references[name] for s in Statistic if (name := f"shot-02/block-01/{s}") in references}
     measured = pruned.session.measured_linears or [name for block, name in was if block == 1]
     assert list(found) == sorted(measured)
@@ -313,16 +313,16 @@ def test_spectra_outlive_the_factors(fresh: Runs) -> None:
     works = [spectrum_work(pruned.manifest, 1, b, pruned.session.model.blocks[b]) for b in (0, 1)]
     assert works[0] is not None
     assert works[1] is not None
-    first = spectrum_task(fresh.store.root, works[0])
+    first = spectrum_task(StorePlace(fresh.store.root), works[0])
     assert not first.cached
     for block in (0, 1):
         fresh.store.evict(pruned.manifest[f"shot-01/block-{block:02d}/input-factors"].key)
     assert [can_be_had(fresh.store, work) for work in works if work] == [True, False]
-    again = spectrum_task(fresh.store.root, works[0])
+    again = spectrum_task(StorePlace(fresh.store.root), works[0])
     assert again.cached
     assert again.value == first.value
     with pytest.raises(EvictedError, match="input-factors"):
-        spectrum_task(fresh.store.root, works[1])
+        spectrum_task(StorePlace(fresh.store.root), works[1])
 
 
 def test_what_has_no_factors_has_no_spectra(runs: Runs) -> None:

@@ -26,7 +26,7 @@ def last_tasks(repository: Repository, name: str) -> dict[str, int]:
 
 
 def test_the_project_of_an_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SURGEON_STORE", "SURGEON_MODELS"):
+    for name in ("SURGEON_STORE", "SURGEON_CACHE", "SURGEON_MODELS"):
         monkeypatch.delenv(name, raising=False)
     project = tmp_path / "project"
     for inner in (project, project / ".dvc/tmp/exps/tmpabc", project / ".dvc/tmp/exps/standalone/x"):
@@ -34,8 +34,8 @@ def test_the_project_of_an_experiment(tmp_path: Path, monkeypatch: pytest.Monkey
         (inner / "sub").mkdir()
         assert project_of(inner) == project
         assert project_of(inner / "sub") == project / "sub"
-        assert Workspace(inner).store == project / "data" / "store"
-        assert Workspace(inner, "mine").store == project / "mine"
+        assert Workspace(inner).store.root == project / "data" / "store"
+        assert Workspace(inner, "mine").store.root == project / "mine"
         assert Workspace(inner).models == project / "data" / "models"
         assert Workspace(inner).manifest == inner / "data" / "manifest.json"
     assert project_of(tmp_path / "elsewhere" / "tmp" / "exps" / "x") == tmp_path / "elsewhere" / "tmp" / "exps" / "x"

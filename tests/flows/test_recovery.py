@@ -19,7 +19,6 @@ from flows.stages import run_all
 from flows.states import final_state
 from flows.workspace import Workspace
 from surgeon.errors import InputError, NonFiniteError, TextError
-from surgeon.store import Store
 from tasks.stage import read_arrays
 from tests.flows.project import Project
 from tests.flows.sessions import Recorder, StoppedError, small_inputs
@@ -184,7 +183,7 @@ def test_it_goes_on_after_the_last_segment(runs: Recoveries, small: dict[str, An
 def test_what_is_kept(runs: Recoveries, keep: str) -> None:
     session = runs.session(keep=keep)
     recovered = recover(session, runs.pruned)
-    store = Store(session.context.store)
+    store = session.context.store.open()
     segments = [ref for name, ref in sorted(recovered.references.items()) if ref.kind == "training"]
     assert [store.has_payload(ref.key) for ref in segments] == [keep == "all"] * 3
     store.evict(next(ref.key for name, ref in recovered.references.items() if ref.kind == "recovered"))

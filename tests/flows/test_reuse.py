@@ -262,7 +262,7 @@ ELSEWHERE = {
         ("model.source", "model.revision", "model.trust_remote_code"), "another model, whose digest counts"
     ),
     **dict.fromkeys((f"{s}.text.{n}" for s in ("calibrate", "evaluate") for n in TEXTS), "a text, whose digest counts"),
-    **dict.fromkeys(("run.engine", "run.store"), "test_prefect.py, test_survival.py"),
+    **dict.fromkeys(("run.engine", "run.store", "run.cache"), "test_prefect.py, test_survival.py, test_bucket.py"),
     **dict.fromkeys(("run.device", "run.memory_gib"), "the kind of device is in every key; memory chooses the groups"),
     "run.precision": "test_batching.py: has an effect on a GPU alone, and is in every key",
     **dict.fromkeys(("export.dtype", "export.layout", "report.prompt", "report.new_tokens"), "CASES"),

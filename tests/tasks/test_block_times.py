@@ -5,6 +5,7 @@ import torch
 from tiny import make_tiny
 
 from surgeon.models import resolve_model
+from surgeon.store import StorePlace
 from tasks.block_times import block_times_task, read_block_times
 from tasks.context import Context, describe_model
 
@@ -12,7 +13,9 @@ from tasks.context import Context, describe_model
 @pytest.fixture
 def context(tmp_path):
     checkpoint = resolve_model(str(make_tiny("llama", tmp_path / "model")), tmp_path / "models")
-    return Context(tmp_path / "store", describe_model(checkpoint, "float32"), "cpu", batch_size=2, blocks_per_group=3)
+    return Context(
+        StorePlace(tmp_path / "store"), describe_model(checkpoint, "float32"), "cpu", batch_size=2, blocks_per_group=3
+    )
 
 
 def test_second_call_reads(context, one_thread, monkeypatch):

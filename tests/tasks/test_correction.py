@@ -10,7 +10,7 @@ from tiny import make_tiny
 from surgeon.correction.adapters import AdapterSettings
 from surgeon.models import resolve_model
 from surgeon.passes.evaluation import evaluate_perplexity
-from surgeon.store import Store
+from surgeon.store import StorePlace
 from tasks.context import Context, ModelState, describe_model
 from tasks.correction import correction_requests, correction_task
 from tasks.evaluation import evaluation_task
@@ -40,7 +40,7 @@ def model_spec(folder, family):
 def start(request, specs, tmp_path):
     """A context, a pruned state in its store and calibration sequences."""
     family, single_weights = request.param
-    context = Context(tmp_path / "store", specs[family], "cpu", batch_size=2, blocks_per_group=2)
+    context = Context(StorePlace(tmp_path / "store"), specs[family], "cpu", batch_size=2, blocks_per_group=2)
     calibration = commit(
         context, Request(Stage("sequences", 1, ()), {}, {}, "calibration"), Product({"tokens": SEQUENCES}), 0.0
     ).value
@@ -84,7 +84,7 @@ def test_objects_are_those_of_the_update_but_for_live_weights(start):
                 assert (new[name][~live].view(np.int32) == 0).all()
                 assert (new[name] != old[name])[live].mean() > 0.9
         assert reference.label == f"shot-01/block-{block:02d}/correction"
-        attributes = Store(context.store).open(state.updates[block].key).attributes
+        attributes = context.store.open().open(state.updates[block].key).attributes
         assert reference.attributes["whole"] == attributes["whole"]
         for name, facts in reference.attributes["linears"].items():
             before, after = (arrays[f"{name}/weight"].astype(np.float64) for arrays in (old, new))
@@ -141,11 +141,11 @@ def likely_tokens(context, state):
 def test_a_missing_block_is_made_again_with_the_same_content(start):
     context, state, calibration = start
     first = correction_task(context, state, calibration, SETTINGS, "shot-01").value
-    Store(context.store).evict(first[1].key)
+    context.store.open().evict(first[1].key)
     second = correction_task(context, state, calibration, SETTINGS, "shot-01")
     assert not second.cached
     assert [ref.digest for ref in second.value] == [ref.digest for ref in first]
-    assert Store(context.store).has_payload(first[1].key)
+    assert context.store.open().has_payload(first[1].key)
 
 
 def test_keys_depend_on_all_that_is_read(start):

@@ -12,6 +12,7 @@ from surgeon.errors import ExportError
 from surgeon.export import CARD_FACTS, load_back
 from surgeon.loading import load
 from surgeon.models import resolve_model
+from surgeon.store import StorePlace
 from tasks.context import Context, ModelState, StoredBlock, describe_model
 from tasks.export import export_task
 from tasks.stage import Product, Request, Stage, commit, read_arrays
@@ -26,7 +27,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def context(tmp_path, monkeypatch):
     monkeypatch.setattr(load_back, "fresh_logits", logits_here)
     checkpoint = resolve_model(str(make_tiny("llama-gqa-tied", tmp_path / "model")), tmp_path / "cache")
-    return Context(tmp_path / "store", describe_model(checkpoint, "float32"), "cpu", batch_size=2, blocks_per_group=3)
+    return Context(
+        StorePlace(tmp_path / "store"), describe_model(checkpoint, "float32"), "cpu", batch_size=2, blocks_per_group=3
+    )
 
 
 def stored(context, arrays, label, facts=None):

@@ -9,7 +9,8 @@ from torch.testing import assert_close
 
 from surgeon.choices import Cost, Curvature
 from surgeon.errors import NonFiniteError
-from surgeon.pruning.elimination import Elimination, eliminate
+from surgeon.pruning import elimination
+from surgeon.pruning.elimination import Elimination, cut_in_place, eliminate
 from surgeon.pruning.linear import PrunedLinear
 from surgeon.pruning.live import LiveLinear, live_linear
 from surgeon.recipe import Damping
@@ -127,3 +128,18 @@ def test_it_is_a_pure_function() -> None:
     assert isinstance(first, Elimination)
     assert torch.equal(first.order, second.order) and torch.equal(first.costs, second.costs)
     assert_close(live.weight, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 7, 1000])
+def test_rows_and_columns_are_cut_within_the_memory_of_a_matrix(
+    at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elimination, "_CUT_ENTRIES", at_a_time)
+    for rows in ([], [0], [3], [0, 2, 3], [0, 1, 2, 3]):
+        for columns in (None, [], [1, 4], [0, 1, 2, 3, 4]):
+            matrix = torch.arange(20.0).reshape(4, 5)
+            expected = matrix[rows] if columns is None else matrix[rows][:, columns]
+            index = torch.tensor(rows, dtype=torch.int64)
+            kept = cut_in_place(matrix, index, None if columns is None else torch.tensor(columns, dtype=torch.int64))
+            assert torch.equal(kept, expected)
+            assert kept.numel() == 0 or kept.data_ptr() == matrix.data_ptr()

@@ -17,7 +17,7 @@ def test_promises_and_drops_are_seen_and_nothing_is_written(tmp_path):
     store = Store(tmp_path / "store")
     real = store.commit(key_of("real"), "kind", {"a": np.ones(3)}, {"n": 1}, label="real")
     before = files(tmp_path)
-    planned = PlannedStore(tmp_path / "store")
+    planned = PlannedStore(store)
     assert planned.lookup(key_of("new")) is None
     with planned.lock(key_of("new")):
         promised = planned.commit(key_of("new"), "kind", {"a": np.ones(3)}, {"n": 2}, label="new")
@@ -37,7 +37,7 @@ def test_promises_and_drops_are_seen_and_nothing_is_written(tmp_path):
 
 
 def test_what_is_made_from_a_promise_has_a_key_of_its_own(tmp_path):
-    planned = PlannedStore(tmp_path)
+    planned = PlannedStore(Store(tmp_path))
     digests = {planned.promise(key_of(name), "kind", {}).digest for name in ("a", "b")}
     assert len(digests) == 2
     assert len({stage_key("next", 1, {}, {"input": digest}, "cpu", "float32") for digest in digests}) == 2
