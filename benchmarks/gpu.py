@@ -34,7 +34,6 @@ from surgeon.passes.blockwise import BlockwiseModel
 from surgeon.passes.curvature import GroupPass, TokenArray, curvature_group, observed_block
 from surgeon.passes.loss import next_token_loss
 from surgeon.peak import process_peak_gib
-from surgeon.store import Store
 from tasks.stage import read_arrays
 
 GIB = 2**30
@@ -248,7 +247,7 @@ def shot(session: Session) -> dict[str, Any]:
     start = time.perf_counter()
     (done,) = session.healed(lambda: prune(session))
     seconds = time.perf_counter() - start
-    store = Store(session.context.store)
+    store = session.store
     written = {reference.key for reference in (*done.references.values(), *done.passed_on)}
     n_bytes = sum(store.size_bytes(key) for key in written)
     kinds = {kind: spent for kind, spent in session.engine.tally.seconds.items() if kind not in before}

@@ -23,7 +23,7 @@ from flows.prune import prune
 from flows.session import Session
 from flows.workspace import Workspace
 from surgeon.curvature.gram import add_gram, mirror_lower
-from surgeon.store import Store, SymmetricMatrix
+from surgeon.store import SymmetricMatrix
 from surgeon.transfer import packed_lower, unpacked_lower
 from tasks.evaluation import evaluation_task
 from tests.tiny import make_tiny
@@ -79,7 +79,7 @@ def shot_of(session: Session) -> Made:
     """What a session of one shot makes."""
     perplexity = session.healed(lambda: _evaluate(session))
     (shot,) = session.healed(lambda: prune(session))
-    store = Store(session.context.store)
+    store = session.store
     arrays = {}
     for label, reference in shot.references.items():
         stored = store.open(reference.key)
