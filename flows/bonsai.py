@@ -7,6 +7,7 @@ model that the rounds before left.
 from dataclasses import asdict
 from typing import Any
 
+from flows.engine import Job
 from flows.params_bonsai import BonsaiParams
 from flows.session import Session
 from flows.shot import Made, PruningShot
@@ -108,12 +109,10 @@ class BonsaiShot(PruningShot):
         finally:
             close_round()
         mask = references[f"{self.label}/mask"]
-        updates = []
-        for block in self.blocks:
-            work = self._block(block)
-            name = work.name("update")
-            references[name] = self._task(update_task, self.context, work, Removal(self.target, mask=mask), name=name)
-            updates.append(references[name])
+        works = [self._block(block) for block in self.blocks]
+        removal = Removal(self.target, mask=mask)
+        updates = self._tasks([Job(update_task, (self.context, work, removal), work.name("update")) for work in works])
+        references |= {work.name("update"): update for work, update in zip(works, updates, strict=True)}
         facts = {name: mask.attributes.get(name) for name in ("threshold", "kept", "predicted_cost")}
         ranking = references[f"{self.label}/{RANKING.kind}"].attributes
         facts["bonsai"] = {name: ranking.get(name) for name in ("tau", "strength", "losses", "n_candidates")}
@@ -123,12 +122,10 @@ class BonsaiShot(PruningShot):
         """Results of the round up to its mask, by name."""
         context, work, label = self.context, self.work, self.label
         prior = self._task(prior_task, context, work, name=f"{label}/{PRIOR.kind}")
-        references = {f"{label}/{PRIOR.kind}": prior}
-        sub_models = []
-        for index in range(self.settings.sub_models):
-            name = f"{label}/{_sub_model(index)}"
-            references[name] = self._task(sub_model_task, context, work, prior, index, name=name)
-            sub_models.append(references[name])
+        names = [f"{label}/{_sub_model(index)}" for index in range(self.settings.sub_models)]
+        jobs = [Job(sub_model_task, (context, work, prior, index), name) for index, name in enumerate(names)]
+        sub_models = self._tasks(jobs)
+        references = {f"{label}/{PRIOR.kind}": prior, **dict(zip(names, sub_models, strict=True))}
         name = f"{label}/{RANKING.kind}"
         ranking = self._task(ranking_task, context, work, prior, sub_models, name=name)
         mask = self._task(ranked_mask_task, context, work, ranking, name=f"{label}/mask")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from flows.engine import Job
 from flows.session import Session
 from flows.statistics import BlockStatistics
 from surgeon.choices import Curvature, Selector
@@ -171,7 +172,10 @@ class LayerStatistics:
             self.blocks.ensure(missing)
             for block in self._every:
                 self.references |= self.blocks.references(block)
-        return [self._task(block_cost_task, work, name=work.name) for work in works]
+        jobs = [Job(block_cost_task, (self.session.context, work), work.name) for work in works]
+        costs: list[Reference] = self.session.engine.tasks(jobs)
+        self.references |= {work.name: cost for work, cost in zip(works, costs, strict=True)}
+        return costs
 
     def _known(self, block: int) -> dict[Statistic, Reference] | None:
         """Statistics of a block, dropped or not; None if one was never computed."""

@@ -11,6 +11,7 @@ import psutil
 from flows.dry_run import DryRun, Step
 from flows.needs_gpu import Split, split_by_body
 from flows.params import EngineName
+from flows.pool import Runner
 from flows.session import Session
 from flows.work import WorkModel
 from flows.work_after import exported_bytes
@@ -28,8 +29,9 @@ from tasks.evaluation import evaluation_task, sample_task
 from tasks.export import export_task
 from tasks.layer_costs import block_cost_task
 from tasks.layers import losses_task, similarity_task, sub_layer_task
-from tasks.measuring import curvature_task
+from tasks.measuring import boundary_task, curvature_task
 from tasks.recovery import recovered_task
+from tasks.reducing import reduction_task
 from tasks.refining import kronecker_terms_task, moments_task
 from tasks.selection import dropped_task
 from tasks.training import training_task
@@ -42,6 +44,11 @@ _CHILD_GIB = 0.36
 """That of a process with torch and transformers alone (measured)."""
 _KEY_VALUE_COPIES = 2
 """Keys and values of a batch while a cache grows: before and after a token is added."""
+_SIDE_BY_SIDE = (
+    *(boundary_task, curvature_task, reduction_task, cost_task, update_task),
+    *(sub_model_task, block_cost_task),
+)
+"""Tasks that workers run at the same time."""
 _PASSES = (curvature_task, moments_task, kronecker_terms_task)
 
 
@@ -111,7 +118,12 @@ def memory_needs(session: Session, steps: Sequence[Step]) -> MemoryNeeds:
     for step in steps:
         row, whole = step.row, needs.get(step.body, lambda: 0.0)()
         split = splits[step.body]() if step.body in splits else Split(whole, whole if is_gpu else 0.0)
-        by_stage[row] = max(by_stage.get(row, 0.0), idle + split.host)
+        run = session.params.run
+        at_once = run.workers if step.body in _SIDE_BY_SIDE and run.runner is Runner.THREADS else 1
+        elsewhere = step.body in _SIDE_BY_SIDE and run.runner is not Runner.THREADS
+        by_stage[row] = max(by_stage.get(row, 0.0), idle + (0.0 if elsewhere else at_once * split.host))
+        if elsewhere and run.cluster is None:
+            children["workers"] = max(children.get("workers", 0.0), run.workers * (_CHILD_GIB + split.host))
         if split.gpu:
             on_gpu[row] = max(on_gpu.get(row, 0.0), split.gpu)
         if step.body is export_task:
@@ -282,6 +294,8 @@ _WHOLE_ADVICE = {
 """Of what does not run block by block, so that run.memory_gib does not bound it."""
 _WHOLE = "The whole model is in memory there: use model.dtype=bfloat16 or prune.correction=none, or give more memory."
 _CHILD_ADVICE = {
+    "workers": "Each of run.workers holds a group of blocks: lower run.workers or run.blocks_per_group, or give more "
+    "memory.",
     "load back": "The export is loaded whole to be checked: use export.dtype=bfloat16, or give more memory.",
     "benchmark": "Both models are held at once: lower benchmark.batch_sizes or benchmark.prompt, or leave the "
     "measurement out with benchmark.rounds=0.",

@@ -162,9 +162,11 @@ class Session:
 
     @property
     def memory_budget_gib(self) -> float:
-        """Memory that passes may take, of the machine or, where they run on a GPU, of that."""
-        share = GPU_MEMORY_SHARE if self.device == Device.CUDA else MEMORY_SHARE
-        return self.params.run.memory_gib or share * self.free_bytes(self.device) / 2**30
+        """Memory that passes of one worker may take, of the machine or, where they run on a GPU, of that."""
+        run = self.params.run
+        on_gpu = self.device == Device.CUDA
+        share = GPU_MEMORY_SHARE if on_gpu else MEMORY_SHARE / (run.workers if run.cluster is None else 1)
+        return run.memory_gib or share * self.free_bytes(self.device) / 2**30
 
     @cached_property
     def context(self) -> Context:

@@ -26,7 +26,7 @@ class _Killer:
 
 
 def marker_of(context: Context) -> Path:
-    return context.store.parent / "killed"
+    return context.store.root.parent / "killed"
 
 
 def curvature_that_dies_once(context: Context, measured: Measured, work: GroupWork) -> Outcome[list[Reference]]:

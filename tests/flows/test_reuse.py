@@ -253,6 +253,8 @@ OTHERS: list[tuple[str, Any, set[str]]] = [
     ("evaluate.text.split", "first:50%", {"windows", "evaluation"}),
     ("model.dtype", "bfloat16", EVERYTHING),
     ("run.batch_size", 2, {"evaluation"} | MEASURED),
+    ("run.threads", 1, EVERYTHING),
+    ("run.shards", 2, MEASURED | {"reduction"}),
     ("run.blocks_per_group", 1, set()),
     ("run.keep", "none", set()),
 ]
@@ -263,6 +265,7 @@ ELSEWHERE = {
     ),
     **dict.fromkeys((f"{s}.text.{n}" for s in ("calibrate", "evaluate") for n in TEXTS), "a text, whose digest counts"),
     **dict.fromkeys(("run.engine", "run.store", "run.cache"), "test_prefect.py, test_survival.py, test_bucket.py"),
+    **dict.fromkeys(("run.runner", "run.workers", "run.cluster"), "test_runners.py"),
     **dict.fromkeys(("run.device", "run.memory_gib"), "the kind of device is in every key; memory chooses the groups"),
     "run.precision": "test_batching.py: has an effect on a GPU alone, and is in every key",
     **dict.fromkeys(("export.dtype", "export.layout", "report.prompt", "report.new_tokens"), "CASES"),
