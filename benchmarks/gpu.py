@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.gpu_checks import CHECKS
-from benchmarks.gpu_model import WIDTHS, make_checkpoint
+from benchmarks.gpu_model import WIDTHS, make_checkpoint, write_words
 from flows.engine import InlineEngine
 from flows.params import load_params
 from flows.prune import prune
@@ -35,7 +35,6 @@ from surgeon.passes.curvature import GroupPass, TokenArray, curvature_group, obs
 from surgeon.passes.loss import next_token_loss
 from surgeon.peak import process_peak_gib
 from tasks.stage import read_arrays
-from tests.flows.project import write_text
 
 GIB = 2**30
 PEAK_FLOPS = {"bfloat16": 989e12, "float16": 989e12, "tf32": 495e12, "float32": 67e12}
@@ -135,7 +134,7 @@ def open_session(folder: Path, model: Path, given: argparse.Namespace) -> Sessio
     """A session on random text that is just long enough."""
     windows = 8
     for name, n in (("calibration", given.sequences), ("evaluation", windows)):
-        write_text(folder / f"{name}.txt", len(name), n_words=round(n * given.length / _TOKENS_PER_WORD) + 500)
+        write_words(folder / f"{name}.txt", len(name), n_words=round(n * given.length / _TOKENS_PER_WORD) + 500)
 
     def setting(name: str, value: object) -> str:
         return f"{name}={'null' if value is None else value}"
@@ -248,7 +247,7 @@ def shot(session: Session) -> dict[str, Any]:
     start = time.perf_counter()
     (done,) = session.healed(lambda: prune(session))
     seconds = time.perf_counter() - start
-    store = session.context.store.open()
+    store = session.store
     written = {reference.key for reference in (*done.references.values(), *done.passed_on)}
     n_bytes = sum(store.size_bytes(key) for key in written)
     kinds = {kind: spent for kind, spent in session.engine.tally.seconds.items() if kind not in before}

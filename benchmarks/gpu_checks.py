@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.gpu_model import write_words
 from flows.engine import InlineEngine
 from flows.params import load_params
 from flows.prune import prune
@@ -25,7 +26,6 @@ from surgeon.curvature.gram import add_gram, mirror_lower
 from surgeon.store import SymmetricMatrix
 from surgeon.transfer import packed_lower, unpacked_lower
 from tasks.evaluation import evaluation_task
-from tests.flows.project import write_text
 from tests.tiny import make_tiny
 
 Array = NDArray[Any]
@@ -43,12 +43,13 @@ STRUCTURES = {
 
 @dataclass(frozen=True)
 class Made:
-    """One shot: arrays of every result by label and name, digests by label, perplexity of the dense model."""
+    """One shot: arrays of every result by label and name, digests by label, perplexity before and after."""
 
     arrays: Mapping[str, Array]
     digests: Mapping[str, str]
     weights: str
     perplexity: float
+    pruned_perplexity: float
     session: Session
 
 
@@ -58,8 +59,8 @@ def run_shot(folder: Path, device: str, overrides: list[str], name: str = "run")
     if not inputs.is_dir():
         make_tiny("llama-gqa-tied", inputs / "model", hidden_size=64, intermediate_size=160)
         make_tiny("llama", inputs / "wide", vocab_size=20_000)
-        write_text(inputs / "calibration.txt", 1, n_words=4000)
-        write_text(inputs / "evaluation.txt", 2, n_words=4000)
+        write_words(inputs / "calibration.txt", 1, n_words=4000)
+        write_words(inputs / "evaluation.txt", 2, n_words=4000)
     shared = [
         *(f"model.source={inputs / 'model'}", f"run.device={device}", "run.engine=inline", "run.keep=all"),
         *(f"calibrate.text.source={inputs / 'calibration.txt'}", f"evaluate.text.source={inputs / 'evaluation.txt'}"),
@@ -69,16 +70,24 @@ def run_shot(folder: Path, device: str, overrides: list[str], name: str = "run")
     given = [*shared, *overrides]
     session = Session(load_params(None, given), Workspace((folder / name).resolve()), InlineEngine())
     session.check()
+    made = shot_of(session)
+    session.close()
+    return made
+
+
+def shot_of(session: Session) -> Made:
+    """What a session of one shot makes."""
     perplexity = session.healed(lambda: _evaluate(session))
     (shot,) = session.healed(lambda: prune(session))
-    store = session.context.store.open()
+    store = session.store
     arrays = {}
     for label, reference in shot.references.items():
         stored = store.open(reference.key)
         arrays |= {f"{label}:{part}": stored.array(part) for part in stored.names()}
     digests = {label: reference.digest for label, reference in shot.references.items()}
-    session.close()
-    return Made(arrays, digests, shot.state.digest, perplexity, session)
+    return Made(
+        arrays, digests, shot.state.digest, perplexity, float(shot.evaluation.attributes["perplexity"]), session
+    )
 
 
 def _evaluate(session: Session) -> float:

@@ -1,6 +1,7 @@
-"""Random checkpoints with the widths of real models, made on the device and written block by block."""
+"""Random checkpoints with the widths of real models, made on the device and written block by block; random text."""
 
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,3 +73,11 @@ def make_checkpoint(directory: Path, widths: Widths, n_blocks: int, dtype: torch
     index = {"metadata": {}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return directory
+
+
+def write_words(path: Path, seed: int, n_words: int) -> Path:
+    """A text of random words, the same for the same seed."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(1, 7))) for _ in range(300)]
+    path.write_text(" ".join(draw.choices(words, k=n_words)) + "\n")
+    return path

@@ -66,7 +66,7 @@ def asked_batch(session: "Session") -> int:
 def known_limits(session: "Session") -> dict[str, int]:
     """`batch_size` and `blocks_per_group` that memory was found to hold; empty if nothing was too large yet."""
     entries: dict[str, dict[str, Any]] = read_json(session.workspace.memory) or {}
-    entry = entries.get(_name(session), {})
+    entry = entries.get(_name(session), {}) if entries else {}
     return {name: int(entry[name]) for name in ("batch_size", "blocks_per_group") if name in entry}
 
 

@@ -55,8 +55,6 @@ def place_of(kind: str) -> str:
     if kind == Device.CPU:
         return kind
     if _Claimed.claim is None or _Claimed.pid != os.getpid():
-        # Read when the first product is formed: without it, products on several streams may differ in their last bits.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         _Claimed.claim, _Claimed.pid = claim_device(kind, gpu_names()), os.getpid()
         if _Claimed.claim.others:
             warnings.warn(
@@ -122,5 +120,5 @@ def free_bytes(kind: str) -> int:
 
 
 def describe_device(kind: str) -> str:
-    """The kind with the model of the GPU, such as "cuda (NVIDIA H100 80GB HBM3)"."""
-    return kind if kind == Device.CPU else f"{kind} ({torch.cuda.get_device_name(place_of(kind))})"
+    """The kind with the model of the first GPU, such as "cuda (NVIDIA H100 80GB HBM3)"; nothing is claimed."""
+    return kind if kind == Device.CPU else f"{kind} ({torch.cuda.get_device_name(0)})"

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from surgeon.choices import Precision
+from surgeon.devices import place_of
 from surgeon.downstream import Harness, OpenTask, Score, ScoringSettings, TaskScores, definition_digest
 from surgeon.downstream.scores import FloatArray
 from surgeon.loading import load_checkpoint
@@ -132,7 +133,7 @@ class _Loaded:
             self._model = load_checkpoint(
                 checkpoint.path,
                 getattr(torch, "float32" if self._site.dtype == Precision.TF32 else self._site.dtype),
-                self._site.device,
+                place_of(self._site.device),
                 trust_remote_code=checkpoint.trust_remote_code,
             )
             self._digest = checkpoint.digest

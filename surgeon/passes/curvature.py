@@ -26,6 +26,7 @@ from surgeon.passes.blockwise import BlockwiseModel, Embedded
 from surgeon.passes.groups import batches
 from surgeon.passes.loss import target_loss
 from surgeon.passes.targets import EMPIRICAL, TokenTargets
+from surgeon.repeatable import repeatable
 from surgeon.transfer import host_buffer
 
 FloatArray = NDArray[np.float32]
@@ -211,21 +212,27 @@ def _gradients(model: BlockwiseModel, what: GroupPass, embedded: Embedded, part:
         `[n_sequences, length, width]`.
     """
     start = embedded.hidden.detach().requires_grad_()
-    hidden = _forward(model, what.group, start, embedded)
+    with repeatable(model.device, strict=True):  # attention chooses here how it will go backward
+        hidden = _forward(model, what.group, start, embedded)
     last = what.targets.draws - 1
     if what.gradient_above is not None:
         # Without draws the array has no axis for them.
         by_draw = what.gradient_above if what.targets.sampled else what.gradient_above[None]
         for draw in range(last + 1):
             above = torch.from_numpy(by_draw[draw, part]).to(hidden)
-            yield torch.autograd.grad(hidden, start, above, retain_graph=draw < last)[0]
+            yield _backward(hidden, start, above, retain_graph=draw < last)
         return
     input_ids = torch.from_numpy(what.sequences[part])
     logits = model.head(input_ids, hidden)
     first = what.first_sequence + part.start
     for draw in range(last + 1):
         loss = target_loss(logits, what.targets.next_tokens(logits, input_ids, first, draw))
-        yield torch.autograd.grad(loss, start, retain_graph=draw < last)[0]
+        yield _backward(loss, start, None, retain_graph=draw < last)
+
+
+def _backward(output: Tensor, start: Tensor, above: Tensor | None, *, retain_graph: bool) -> Tensor:
+    with repeatable(start.device, strict=True):
+        return torch.autograd.grad(output, start, above, retain_graph=retain_graph)[0]
 
 
 def _require_finite_hidden(hidden: Tensor, group: range, first_sequence: int) -> None:

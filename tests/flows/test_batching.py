@@ -74,7 +74,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_run_goes_on(
     assert "CUDA out of memory" in said
     assert "goes on with 4 sequences at a time instead of 8" in said
     assert "goes on with 2 sequences at a time instead of 4" in said
-    shapes = {e.label: run.context.store.open().parameters(e.key).get("batch_size") for e in run.store.entries()}
+    shapes = {e.label: run.store.parameters(e.key).get("batch_size") for e in run.store.entries()}
     assert shapes["shot-01/block-00/input-factors"] == 2, "keys hold what was used"
 
 

@@ -20,6 +20,21 @@ def test_on_as_long_as_anybody_needs_it() -> None:
     assert not is_on()
 
 
+def test_strict_as_long_as_anybody_is() -> None:
+    warns = torch.is_deterministic_algorithms_warn_only_enabled
+    with repeatable("cuda"):
+        assert warns()
+        one, two = repeatable("cuda", strict=True), repeatable("cuda", strict=True)
+        one.__enter__()
+        two.__enter__()
+        one.__exit__(None, None, None)
+        assert not warns()
+        two.__exit__(None, None, None)
+        assert is_on()
+        assert warns()
+    assert not is_on()
+
+
 def test_nothing_changes_on_a_cpu() -> None:
     with repeatable("cpu"):
         assert not is_on()

@@ -4,11 +4,12 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from surgeon.store import Reference, Store
+from surgeon.store import Reference, Store, StorePlace
 from tasks import writing
 from tasks.context import Context
 from tasks.stage import Product, Request, Stage, produce_all
@@ -72,9 +73,8 @@ def two_writers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def context_in(folder: Path) -> Context:
-    from types import SimpleNamespace
-
-    return SimpleNamespace(store=folder / "store", device="cpu", dtype="float32")  # type: ignore[return-value]
+    place = StorePlace(folder / "store")
+    return SimpleNamespace(store=place, device="cpu", arithmetic="cpu", dtype="float32")  # type: ignore[return-value]
 
 
 def computation(context: Context, number: int, ran: list[int], fails: bool = False) -> list[Reference]:
