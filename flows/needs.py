@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from flows.dry_run import DryRun, Step
 from flows.params import EngineName
 from flows.session import Session
 from flows.work import WorkModel
 from flows.work_after import exported_bytes
 from flows.work_recovery import recovery_gib
+from surgeon.choices import Curvature
 from surgeon.correction.adapters import AdapterSettings
 from surgeon.errors import ParameterError, StoreError
-from surgeon.memory import solve_gib
+from surgeon.memory import available_bytes, loads_by_block, solve_gib
+from surgeon.pruning.granularity import is_structured
 from tasks.benchmark import benchmark_task
 from tasks.block_times import block_times_task
 from tasks.bonsai import prior_task, sub_model_task
@@ -40,6 +40,9 @@ _CHILD_GIB = 0.36
 """That of a process with torch and transformers alone (measured)."""
 _KEY_VALUE_COPIES = 2
 """Keys and values of a batch while a cache grows: before and after a token is added."""
+_FLOAT32 = 4
+_EXPORTED_COPIES = 2
+"""A block while it is exported: as it was stored in float32, and cut to what is written."""
 _PASSES = (curvature_task, moments_task, kronecker_terms_task)
 
 
@@ -103,7 +106,7 @@ def memory_needs(session: Session, steps: Sequence[Step]) -> MemoryNeeds:
         row = step.row
         by_stage[row] = max(by_stage.get(row, 0.0), idle + needs.get(step.body, lambda: 0.0)())
         if step.body is export_task:
-            children["load back"] = _CHILD_GIB + export_bytes / GIB
+            children["load back"] = _CHILD_GIB + _loaded_back_gib(session, export_bytes)
         if step.body is benchmark_task and session.params.benchmark.rounds:
             children["benchmark"] = _benchmark_gib(session, export_bytes)
     return MemoryNeeds(idle, by_stage, children)
@@ -115,7 +118,10 @@ def _by_body(session: Session) -> dict[Any, Callable[[], float]]:
     model = session.model
     whole = model.n_parameters * model.torch_dtype.itemsize / GIB
     solve = max(
-        (solve_gib(*pair) for pair in zip(model.shapes(), model.shapes(names), strict=True)),
+        (
+            solve_gib(*pair, in_place=_is_in_place(session))
+            for pair in zip(model.shapes(), model.shapes(names), strict=True)
+        ),
         default=0.0,
     )
     return {
@@ -135,8 +141,21 @@ def _by_body(session: Session) -> dict[Any, Callable[[], float]]:
         block_times_task: lambda: estimate.evaluation_gib,
         training_task: lambda: recovery_gib(session),
         recovered_task: lambda: recovery_gib(session),
-        export_task: lambda: estimate.trunk / GIB + 3 * estimate.weights / GIB / session.context.blocks_per_group,
+        export_task: lambda: estimate.trunk / GIB + _EXPORTED_COPIES * _FLOAT32 * _largest_block(session) / GIB,
     }
+
+
+def _is_in_place(session: Session) -> bool:
+    """Whether costs and updates solve with one Kronecker product, for structures that go whole."""
+    recipe = session.recipe
+    diagonalised = (Curvature.EKFAC, Curvature.KRONECKER_SUM)
+    is_plain = recipe.curvature.kind not in diagonalised and not recipe.update.newton_step
+    return is_plain and is_structured(recipe.granularity)
+
+
+def _largest_block(session: Session) -> int:
+    """Weights of the largest block."""
+    return max(sum(s.n_weights for s in block) for block in session.model.blocks)
 
 
 def _whole_pass_gib(session: Session) -> float:
@@ -164,6 +183,14 @@ def _adapters_gib(session: Session) -> float:
     rank = given.rank if isinstance(given, AdapterSettings) else 0
     sides = sum(s.n_out + s.n_in for block in model.blocks for s in block)
     return (5 * model.n_weights + 16 * rank * sides) / GIB
+
+
+def _loaded_back_gib(session: Session, export_bytes: int) -> float:
+    """The export, or what is outside its blocks and the largest of them where it is large beside the memory."""
+    if not loads_by_block(export_bytes):
+        return export_bytes / GIB
+    model = session.model
+    return export_bytes / GIB * (model.n_parameters - model.n_weights + _largest_block(session)) / model.n_parameters
 
 
 def _benchmark_gib(session: Session, export_bytes: int) -> float:
@@ -228,7 +255,7 @@ def _gib(value: float) -> str:
 
 
 def _available_gib() -> float:
-    return (psutil.virtual_memory().available + psutil.swap_memory().free) / GIB
+    return available_bytes() / GIB
 
 
 _SOLVED = "The largest linear of a block is solved as a whole: give more memory."

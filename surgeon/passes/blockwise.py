@@ -32,6 +32,7 @@ from surgeon.models import (
     shared_inputs,
     unload,
 )
+from surgeon.peak import give_back
 
 Overrides = Callable[[int], Mapping[str, Tensor]]
 """Pruned weights by block: block index → {full name, "model.layers.7.mlp.up_proj.weight" say: tensor}."""
@@ -153,6 +154,8 @@ class BlockwiseModel:
             for index in fresh:
                 unload(self.block(index))
                 self._loaded.discard(index)
+            if fresh:
+                give_back()
 
     def load(self, index: int) -> None:
         """Reads the weights of one block, which stay in memory."""
