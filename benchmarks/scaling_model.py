@@ -11,13 +11,18 @@ import yaml
 from benchmarks.random_checkpoints import Shape, save_description
 from flows.engine import InlineEngine
 from flows.params import load_params
-from flows.planning import Outline, outline_run
+from flows.dry_run import Step
+from flows.live import LiveShare
+from flows.needs import MemoryNeeds, disk_needs, memory_needs
+from flows.planning import dry_run
 from flows.session import Session
+from flows.work import WorkModel
 from flows.workspace import Workspace
 from surgeon.models import Checkpoint
 from surgeon.planning import NOTHING, Operation, Rates, Work
 from surgeon.planning.parallel import Workers, parallel_terms
 from surgeon.store import digest_text
+from tasks.spectra import SPECTRA
 
 MACHINES = Path(__file__).with_name("machines.yaml")
 SHOTS, SPARSITY = 40, 0.3
@@ -142,6 +147,23 @@ def computed_rates(peak: Mapping[str, float]) -> Rates:
     return Rates(device | host)
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What pruning does: shot 1, and shot 2 in the state of one in the middle of the run, for all that follow.
+
+    Attributes:
+        session: with all shots.
+        steps: tasks of two shots with the work of each.
+        memory: what they hold.
+        disk_bytes: most that the store takes, all shots.
+    """
+
+    session: Session
+    steps: tuple[tuple[Step, Work], ...]
+    memory: MemoryNeeds
+    disk_bytes: int
+
+
 class ScalingModel:
     """A hypothetical model with a structure that is pruned, on hypothetical machines.
 
@@ -158,15 +180,15 @@ class ScalingModel:
         self.shots = shots
         self._directory = directory
         save_description(shape, directory / "model")
-        self._known: dict[tuple[int, int], tuple[Session, Outline]] = {}
+        self._known: dict[tuple[int, int], Outline] = {}
 
-    def session(self, blocks_per_group: int, shards: int) -> Session:
+    def session(self, blocks_per_group: int, shards: int, shots: int) -> Session:
         """A session whose checkpoint has a configuration and no weights."""
         params = load_params(
             None,
             [
                 *(f"model.source={self._directory / 'model'}", "model.dtype=bfloat16", "run.engine=inline"),
-                *(f"prune.structure={self.structure}", f"prune.shots={self.shots}", f"prune.sparsity={SPARSITY}"),
+                *(f"prune.structure={self.structure}", f"prune.shots={shots}", f"prune.sparsity={SPARSITY}"),
                 *(f"calibrate.sequences={SEQUENCES}", f"calibrate.length={LENGTH}"),
                 *(f"evaluate.windows={WINDOWS}", f"evaluate.length={LENGTH}", "run.batch_size=1"),
                 *(f"run.blocks_per_group={blocks_per_group}", f"run.shards={shards}"),
@@ -177,13 +199,25 @@ class ScalingModel:
         session.__dict__["checkpoint"] = Checkpoint(self._directory / "model", "hypothetical", "local", digest)
         return session
 
-    def outline(self, blocks_per_group: int, shards: int) -> tuple[Session, Outline]:
-        """What `surgeon plan` finds out, as far as pruning goes."""
+    def outline(self, blocks_per_group: int, shards: int) -> Outline:
+        """What `surgeon plan` finds out, as far as pruning goes.
+
+        The flows go through two shots; their work is counted as that of the first and of the middle one of the run, as
+        a plan of all shots would, which takes minutes for 80 blocks.
+        """
         key = (blocks_per_group, shards)
         if key not in self._known:
-            session = self.session(blocks_per_group, shards)
-            self._known[key] = (session, outline_run(session, whole=False))
-            session.close()
+            whole = self.session(blocks_per_group, shards, self.shots)
+            two = self.session(blocks_per_group, shards, 2)
+            dry, planned = dry_run(two, whole=False)
+            live = {"shot-01": LiveShare(whole, 1), "shot-02": LiveShare(whole, max(2, self.shots // 2))}
+            model = WorkModel(whole, live)
+            later = sum(model.object_bytes("update", block) for block in range(whole.model.n_blocks))
+            disk = disk_needs(model, dry)[0].n_bytes + (self.shots - 2) * later
+            steps = tuple((step, model.of(step)) for step in dry.steps)
+            self._known[key] = Outline(whole, steps, memory_needs(planned, dry.steps), disk)
+            two.close()
+            whole.close()
         return self._known[key]
 
     def cost(self, machine: Machine) -> Cost | None:
@@ -192,11 +226,14 @@ class ScalingModel:
         blocks_per_group = self._fitting(machine, shards)
         if not blocks_per_group:
             return None
-        session, outline = self.outline(blocks_per_group, shards)
-        workers = Workers(
-            machine.workers, shards, session.model.n_blocks, blocks_per_group, machine.store_bytes_s
-        )
-        total, first = _works(outline, ""), _works(outline, "shot-01/")
+        outline = self.outline(blocks_per_group, shards)
+        session = outline.session
+        workers = Workers(machine.workers, shards, session.model.n_blocks, blocks_per_group, machine.store_bytes_s)
+        first, later = (_works(outline, label) for label in ("shot-01/", "shot-02/"))
+        total = {
+            kind: first.get(kind, NOTHING) + (1 if kind == SPECTRA.kind else self.shots - 1) * work
+            for kind, work in later.items()
+        }
         by_kind = parallel_terms(total, machine.rates, workers)
         device, host = self._memory(session, outline, machine, blocks_per_group)
         return Cost(
@@ -205,14 +242,14 @@ class ScalingModel:
             by_kind={kind: sum(terms.values()) for kind, terms in by_kind.items()},
             device_gib=device,
             host_gib=host,
-            disk_gib=outline.needs.disk[0].n_bytes / _GIB,
+            disk_gib=outline.disk_bytes / _GIB,
             moved_gib=_moved(total) / _GIB,
             blocks_per_group=blocks_per_group,
         )
 
     def _fitting(self, machine: Machine, shards: int) -> int:
         """The most blocks at a time, as a power of two or all; none where costs and updates do not fit."""
-        session = self.session(1, shards)
+        session = self.session(1, shards, 2)
         n_blocks = session.model.n_blocks
         tried = sorted({n_blocks, *(2**k for k in range(8) if 2**k < n_blocks)}, reverse=True)
         for blocks in tried:
@@ -227,7 +264,7 @@ class ScalingModel:
 
     @staticmethod
     def _memory(session: Session, outline: Outline, machine: Machine, blocks_per_group: int) -> tuple[float, float]:
-        memory = outline.needs.memory
+        memory = outline.memory
         estimate = session.memory_estimate(blocks_per_group)
         if machine.key.startswith("cpu"):
             return memory.own, memory.own
@@ -241,7 +278,7 @@ class ScalingModel:
 
 
 def _works(outline: Outline, label: str) -> dict[str, Work]:
-    """Work of pruning by kind of task; of one shot or of all."""
+    """Work of pruning by kind of task, of those whose names begin with a label."""
     works: dict[str, Work] = defaultdict(lambda: NOTHING)
     for step, work in outline.steps:
         if step.stage == "prune" and step.name.startswith(label):

@@ -119,7 +119,7 @@ def _by_body(session: Session) -> dict[Any, Callable[[], float]]:
     whole = model.n_parameters * model.torch_dtype.itemsize / GIB
     solve = max(
         (
-            solve_gib(*pair, in_place=_is_in_place(session))
+            solve_gib(*pair, in_place=_is_in_place(session), has_bias=any(s.has_bias for s in model.blocks[0]))
             for pair in zip(model.shapes(), model.shapes(names), strict=True)
         ),
         default=0.0,

@@ -105,7 +105,11 @@ def _block_bytes(
 
 
 def solve_gib(
-    block: Sequence[tuple[int, int]], measured: Sequence[tuple[int, int]], *, in_place: bool = False
+    block: Sequence[tuple[int, int]],
+    measured: Sequence[tuple[int, int]],
+    *,
+    in_place: bool = False,
+    has_bias: bool = False,
 ) -> float:
     """What costs or updates of one block hold at their peak, GiB: its weights, and one linear being solved.
 
@@ -113,18 +117,19 @@ def solve_gib(
         block: `(n_out, n_in)` of its linears.
         measured: likewise, those that have factors.
         in_place: whether one Kronecker product is solved for rows, columns or units.
+        has_bias: whether linears have one, with which the factor of inputs is a row and a column larger: another copy.
     """
     weights = sum(n_out * n_in for n_out, n_in in block) * _FLOAT32
     if not in_place:
         solved = max((_SOLVE_COPIES * max(pair) ** 2 + 4 * pair[0] * pair[1] for pair in measured), default=0)
         return (2 * weights + solved * _FLOAT64) / _GIB
-    return (weights + max((_in_place_bytes(*pair) for pair in measured), default=0.0)) / _GIB
+    return (weights + max((_in_place_bytes(*pair, has_bias) for pair in measured), default=0.0)) / _GIB
 
 
-def _in_place_bytes(n_out: int, n_in: int) -> float:
+def _in_place_bytes(n_out: int, n_in: int, has_bias: bool) -> float:
     """Both factors as they are stored, the larger one being solved, the other in float64, and the weight's copies."""
     large, small = max(n_out, n_in), min(n_out, n_in)
-    factors = _FLOAT32 * (large**2 + small**2)
+    factors = _FLOAT32 * (large**2 + small**2 + has_bias * n_in**2)
     return factors + _FLOAT64 * (_IN_PLACE_COPIES * large**2 + small**2 + _WEIGHT_COPIES * n_out * n_in)
 
 

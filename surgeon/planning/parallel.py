@@ -74,9 +74,7 @@ def parallel_seconds(work: Mapping[str, Work], rates: Rates, workers: Workers) -
     return {kind: sum(terms.values()) for kind, terms in parallel_terms(work, rates, workers).items()}
 
 
-def parallel_terms(
-    work: Mapping[str, Work], rates: Rates, workers: Workers
-) -> dict[str, dict[Operation, float]]:
+def parallel_terms(work: Mapping[str, Work], rates: Rates, workers: Workers) -> dict[str, dict[Operation, float]]:
     """Seconds of each kind of task and operation when workers share them.
 
     Args:
