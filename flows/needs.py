@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from flows.dry_run import DryRun, Step
 from flows.needs_gpu import Split, split_by_body
 from flows.params import EngineName
@@ -16,10 +14,11 @@ from flows.session import Session
 from flows.work import WorkModel
 from flows.work_after import exported_bytes
 from flows.work_recovery import recovery_gib
-from surgeon.choices import Device
+from surgeon.choices import Curvature, Device
 from surgeon.correction.adapters import AdapterSettings
 from surgeon.errors import ParameterError, StoreError
-from surgeon.memory import solve_gib
+from surgeon.memory import available_bytes, loads_by_block, solve_gib
+from surgeon.pruning.granularity import is_structured
 from tasks.benchmark import benchmark_task
 from tasks.block_times import block_times_task
 from tasks.bonsai import prior_task, sub_model_task
@@ -49,6 +48,9 @@ _SIDE_BY_SIDE = (
     *(sub_model_task, block_cost_task),
 )
 """Tasks that workers run at the same time."""
+_FLOAT32 = 4
+_EXPORTED_COPIES = 2
+"""A block while it is exported: as it was stored in float32, and cut to what is written."""
 _PASSES = (curvature_task, moments_task, kronecker_terms_task)
 
 
@@ -127,7 +129,7 @@ def memory_needs(session: Session, steps: Sequence[Step]) -> MemoryNeeds:
         if split.gpu:
             on_gpu[row] = max(on_gpu.get(row, 0.0), split.gpu)
         if step.body is export_task:
-            children["load back"] = _CHILD_GIB + export_bytes / GIB
+            children["load back"] = _CHILD_GIB + _loaded_back_gib(session, export_bytes)
         if step.body is benchmark_task and session.params.benchmark.rounds:
             children["benchmark"] = _benchmark_gib(session, export_bytes)
     return MemoryNeeds(idle, by_stage, children, on_gpu)
@@ -139,7 +141,10 @@ def _by_body(session: Session) -> dict[Any, Callable[[], float]]:
     model = session.model
     whole = model.n_parameters * model.torch_dtype.itemsize / GIB
     solve = max(
-        (solve_gib(*pair) for pair in zip(model.shapes(), model.shapes(names), strict=True)),
+        (
+            solve_gib(*pair, in_place=_is_in_place(session), has_bias=any(s.has_bias for s in model.blocks[0]))
+            for pair in zip(model.shapes(), model.shapes(names), strict=True)
+        ),
         default=0.0,
     )
     return {
@@ -159,8 +164,21 @@ def _by_body(session: Session) -> dict[Any, Callable[[], float]]:
         block_times_task: lambda: estimate.evaluation_gib,
         training_task: lambda: recovery_gib(session),
         recovered_task: lambda: recovery_gib(session),
-        export_task: lambda: estimate.trunk / GIB + 3 * estimate.weights / GIB / session.context.blocks_per_group,
+        export_task: lambda: estimate.trunk / GIB + _EXPORTED_COPIES * _FLOAT32 * _largest_block(session) / GIB,
     }
+
+
+def _is_in_place(session: Session) -> bool:
+    """Whether costs and updates solve with one Kronecker product, for structures that go whole."""
+    recipe = session.recipe
+    diagonalised = (Curvature.EKFAC, Curvature.KRONECKER_SUM)
+    is_plain = recipe.curvature.kind not in diagonalised and not recipe.update.newton_step
+    return is_plain and is_structured(recipe.granularity)
+
+
+def _largest_block(session: Session) -> int:
+    """Weights of the largest block."""
+    return max(sum(s.n_weights for s in block) for block in session.model.blocks)
 
 
 def _whole_pass_gib(session: Session) -> float:
@@ -188,6 +206,14 @@ def _adapters_gib(session: Session) -> float:
     rank = given.rank if isinstance(given, AdapterSettings) else 0
     sides = sum(s.n_out + s.n_in for block in model.blocks for s in block)
     return (5 * model.n_weights + 16 * rank * sides) / GIB
+
+
+def _loaded_back_gib(session: Session, export_bytes: int) -> float:
+    """The export, or what is outside its blocks and the largest of them where it is large beside the memory."""
+    if not loads_by_block(export_bytes):
+        return export_bytes / GIB
+    model = session.model
+    return export_bytes / GIB * (model.n_parameters - model.n_weights + _largest_block(session)) / model.n_parameters
 
 
 def _benchmark_gib(session: Session, export_bytes: int) -> float:
@@ -268,7 +294,7 @@ def _gib(value: float) -> str:
 
 
 def _available_gib() -> float:
-    return (psutil.virtual_memory().available + psutil.swap_memory().free) / GIB
+    return available_bytes() / GIB
 
 
 _SOLVED = "The largest linear of a block is solved as a whole: give more memory."

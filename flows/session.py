@@ -356,7 +356,7 @@ class Session:
             width=self.model.width,
             n_vocabulary=self.model.n_vocabulary,
             batch_tokens=batch_size * max(self.params.calibrate.length, self.params.evaluate.length),
-            pass_tokens=self.params.calibrate.sequences * self.params.calibrate.length,
+            pass_tokens=-(-self.params.calibrate.sequences // self.params.run.shards) * self.params.calibrate.length,
             dtype_bytes=self.model.torch_dtype.itemsize,
             blocks_per_group=blocks_per_group,
             factor_copies=_factor_copies(self.recipe.curvature),

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import psutil
+
 from surgeon.errors import ParameterError
 
 _GIB = 2**30
@@ -15,8 +17,16 @@ _EVALUATION_HEAD_COPIES = 3
 """Logits of a batch without gradients: as computed, in float32, and their log-softmax."""
 _FLOAT64 = 8
 _SOLVE_COPIES = 12
-"""Matrices of the size of the largest factor, in float64, that costs and updates hold: the factor, damped, its Cholesky
-factor, the inverse before and after a step, and what is cut out of them (measured)."""
+"""Matrices of the size of the largest factor, in float64, that costs and updates hold where they need bases or whole
+inverses: the factor, damped, its Cholesky factor, inverses, and what is cut out of them (measured)."""
+_IN_PLACE_COPIES = 1.25
+"""The same where one Kronecker product is solved in place: the matrix, and a quarter while halves are multiplied."""
+_WEIGHT_COPIES = 5
+"""Matrices of the size of the weight, in float64, that are held then: the weight, transposed, times the factor of
+gradients, what is added, and cut to what lives in float32 (measured: benchmarks/solves.py)."""
+
+_WHOLE_SHARE = 0.6
+"""Part of the available memory that a model may take which is loaded whole to be looked at."""
 
 _BOUNDARY_ARRAYS = 3
 """Hidden states entering a group, the gradient from above and the gradient it hands down are held for all sequences."""
@@ -107,16 +117,43 @@ def _block_bytes(
     return weights, factors, activations
 
 
-def solve_gib(block: Sequence[tuple[int, int]], measured: Sequence[tuple[int, int]]) -> float:
-    """What costs or updates of one block hold at their peak, GiB: its weights twice, and one linear being solved.
+def solve_gib(
+    block: Sequence[tuple[int, int]],
+    measured: Sequence[tuple[int, int]],
+    *,
+    in_place: bool = False,
+    has_bias: bool = False,
+) -> float:
+    """What costs or updates of one block hold at their peak, GiB: its weights, and one linear being solved.
 
     Args:
         block: `(n_out, n_in)` of its linears.
         measured: likewise, those that have factors.
+        in_place: whether one Kronecker product is solved for rows, columns or units.
+        has_bias: whether linears have one, with which the factor of inputs is a row and a column larger: another copy.
     """
     weights = sum(n_out * n_in for n_out, n_in in block) * _FLOAT32
-    solved = max((_SOLVE_COPIES * max(pair) ** 2 + 4 * pair[0] * pair[1] for pair in measured), default=0) * _FLOAT64
-    return (2 * weights + solved) / _GIB
+    if not in_place:
+        solved = max((_SOLVE_COPIES * max(pair) ** 2 + 4 * pair[0] * pair[1] for pair in measured), default=0)
+        return (2 * weights + solved * _FLOAT64) / _GIB
+    return (weights + max((_in_place_bytes(*pair, has_bias) for pair in measured), default=0.0)) / _GIB
+
+
+def _in_place_bytes(n_out: int, n_in: int, has_bias: bool) -> float:
+    """Both factors as they are stored, the larger one being solved, the other in float64, and the weight's copies."""
+    large, small = max(n_out, n_in), min(n_out, n_in)
+    factors = _FLOAT32 * (large**2 + small**2 + has_bias * n_in**2)
+    return factors + _FLOAT64 * (_IN_PLACE_COPIES * large**2 + small**2 + _WEIGHT_COPIES * n_out * n_in)
+
+
+def available_bytes() -> int:
+    """Memory that is free or can be freed, with swap."""
+    return int(psutil.virtual_memory().available + psutil.swap_memory().free)
+
+
+def loads_by_block(n_bytes: int) -> bool:
+    """Whether a checkpoint of some bytes is loaded a block at a time, as it is large beside the memory there is."""
+    return n_bytes > _WHOLE_SHARE * available_bytes()
 
 
 def blocks_that_fit(

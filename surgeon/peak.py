@@ -25,15 +25,19 @@ class _Largest:
 def reset_peak() -> None:
     """Starts a new measurement, where the system allows it."""
     _Largest.gib = process_peak_gib()
-    _give_back()
+    give_back()
     try:
         _RESET.write_text("5", encoding="ascii")
     except OSError:
         return
 
 
-def _give_back() -> None:
-    """Returns freed memory to the system, which would otherwise count for the next computation (glibc only)."""
+def give_back() -> None:
+    """Returns freed memory to the system (glibc only).
+
+    Else it counts for the next computation; and where blocks come and go, it grows with each of them, because what is
+    freed between small things that stay is not found again.
+    """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -1,7 +1,8 @@
 """Whether an export gives the logits of the pruned model when another process loads it.
 
 The pruned model is run block by block. The export is loaded by a fresh Python process that knows torch and transformers
-and nothing of Surgeon, as its users will. The texts have different lengths, so padding, attention mask and the
+and nothing of Surgeon, as its users will. An export that is large beside the memory there is stays in its files, and each
+block is read when it runs. The texts have different lengths, so padding, attention mask and the
 key/value cache are looked at too.
 """
 
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from surgeon.errors import ExportError
+from surgeon.memory import loads_by_block
 from surgeon.passes.blockwise import BlockwiseModel
 
 SCRIPT = Path(__file__).with_name("load_back_script.py")
@@ -131,6 +133,7 @@ def fresh_logits(directory: Path, probe: Probe, dtype: torch.dtype, trust_remote
             "directory": str(directory.absolute()),
             "dtype": str(dtype).removeprefix("torch."),
             "trust_remote_code": trust_remote_code,
+            "by_block": loads_by_block(sum(file.stat().st_size for file in directory.glob("*.safetensors"))),
             "threads": torch.get_num_threads(),
             "tokens": str(work / "tokens.safetensors"),
             "result": str(work / "logits.safetensors"),
@@ -140,7 +143,7 @@ def fresh_logits(directory: Path, probe: Probe, dtype: torch.dtype, trust_remote
         offline = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules")}
         done = subprocess.run(
             [sys.executable, "-I", str(SCRIPT), str(work / "request.json")],
-            env={**os.environ, **offline},
+            env={**os.environ, **offline, "TMPDIR": folder},
             capture_output=True,
             text=True,
             check=False,

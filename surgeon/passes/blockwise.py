@@ -33,6 +33,7 @@ from surgeon.models import (
     shared_inputs,
     unload,
 )
+from surgeon.peak import give_back
 from surgeon.precision import float32_products
 from surgeon.repeatable import repeatable
 
@@ -163,6 +164,8 @@ class BlockwiseModel:
             for index in fresh:
                 unload(self.block(index))
                 self._loaded.discard(index)
+            if fresh:
+                give_back()
 
     def load(self, index: int) -> None:
         """Reads the weights of one block, which stay in memory."""

@@ -174,20 +174,20 @@ def _exact(
     gone = weight[:, columns.removed]
     rooted = gone @ columns.root
     predicted = 0.5 * (curvature.damped_pulled(rooted) * rooted).sum()
-    updated[:, columns.kept] += gone @ columns.spread.T
+    updated.index_add_(1, columns.kept, gone @ columns.spread.T)
     updated[:, columns.removed] = 0
     if rows is None:
         return updated, float(predicted)
     lost = updated[rows.removed]
     predicted += 0.5 * (rows.root.T @ lost[:, columns.kept] @ columns.kept_root).square().sum()
-    updated[rows.kept] += rows.spread @ lost
+    updated.index_add_(0, rows.kept, rows.spread @ lost)
     updated[rows.removed] = 0
     return updated, float(predicted)
 
 
 def _independent(weight: Tensor, rows: _Elimination | None, columns: _Elimination) -> Tensor:
     updated = weight.clone()
-    updated[:, columns.kept] += weight[:, columns.removed] @ columns.spread.T
+    updated.index_add_(1, columns.kept, weight[:, columns.removed] @ columns.spread.T)
     if rows is not None:
-        updated[rows.kept] += rows.spread @ weight[rows.removed]
+        updated.index_add_(0, rows.kept, rows.spread @ weight[rows.removed])
     return updated
