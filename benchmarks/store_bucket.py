@@ -43,9 +43,8 @@ def main() -> None:
             "directory": [StorePlace(folder / "directory")] * 2,
             "bucket": [StorePlace(folder / "here", given.url), StorePlace(folder / "there", given.url)],
         }
-        print(
-            "| store | write, MiB/s | read there, MiB/s | read again, MiB/s | small: write, ms | look up, ms | read, ms |"
-        )
+        columns = ["write, MiB/s", "read there, MiB/s", "read again, MiB/s", "small: write, ms", "find, ms", "read, ms"]
+        print(f"| store | {' | '.join(columns)} |")
         print(f"|{'---|' * 7}")
         for kind, (here, there) in places.items():
             rounds = [one_round(here.open(), there.open(), f"{kind}-{n}", given.small) for n in range(given.rounds + 1)]

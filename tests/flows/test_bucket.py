@@ -118,6 +118,7 @@ def test_killed_in_the_middle_of_an_upload(
     assert files(server, "killed/locks") == {}
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_is_found_and_computed_again(
     two_shots: dict[str, Any], undisturbed: Project, server: str, tmp_path: Path
 ) -> None:
@@ -166,6 +167,7 @@ def test_bad_input(params: dict[str, Any], server: str, tmp_path: Path) -> None:
     assert "run.cache: has no effect, because the store is the directory data/store" in done.stderr
 
 
+@pytest.mark.slow
 def test_workers_on_another_machine(
     small: dict[str, Any], server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
