@@ -178,7 +178,7 @@ def test_what_is_deployed(server: Server) -> None:
     assert prune["method"]["default"] == "llm-surgeon"
     # The page fills the form with all defaults and sends them.
     values = {"project": "/", "params": Params().model_dump(mode="json"), "parameter_file": None, "overrides": []}
-    assert server.call("ui/schemas/validate", {"json_schema": schema, "values": values}) == {
+    assert server.call("ui/schemas/validate", {"schema": schema, "values": values}) == {
         "errors": [],
         "valid": True,
     }
