@@ -121,6 +121,8 @@ def _has_ended(tags: list[str]) -> bool:
     if host != platform.node() or not pid.isdecimal():
         return False
     try:
-        return f"{psutil.Process(int(pid)).create_time():.0f}" != created
+        process = psutil.Process(int(pid))
+        # One that was killed is a zombie until whoever started it has asked for its status.
+        return process.status() == psutil.STATUS_ZOMBIE or f"{process.create_time():.0f}" != created
     except psutil.NoSuchProcess:
         return True

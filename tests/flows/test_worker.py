@@ -143,7 +143,7 @@ def test_the_command_under_the_same_server(server: Server, killed: tuple[Project
 
 
 @pytest.mark.parametrize(
-    ("params", "message"),
+    ("given", "message"),
     [
         ({"prune": {"method": "llm"}}, r"params\.prune\.method'.*'llm' is not one of \['llm-surgeon', 'k-obd'"),
         ({"prune": {"sparsity": 1.5}}, r"params\.prune\.sparsity'.*1\.5 is greater than or equal to the maximum of 1"),
@@ -152,9 +152,9 @@ def test_the_command_under_the_same_server(server: Server, killed: tuple[Project
         ({"prun": {}}, r"'prun' was unexpected"),
     ],
 )
-def test_the_server_refuses_bad_values(server: Server, params: dict[str, Any], message: str) -> None:
+def test_the_server_refuses_bad_values(server: Server, given: dict[str, Any], message: str) -> None:
     path = f"deployments/{server.deployment('surgeon-run/run')['id']}/create_flow_run"
-    assert re.search(message, server.refusal(path, {"parameters": {"params": params}}), re.DOTALL)
+    assert re.search(message, server.refusal(path, {"parameters": {"params": given}}), re.DOTALL)
 
 
 def test_what_is_deployed(server: Server) -> None:
@@ -178,7 +178,7 @@ def test_what_is_deployed(server: Server) -> None:
     assert prune["method"]["default"] == "llm-surgeon"
     # The page fills the form with all defaults and sends them.
     values = {"project": "/", "params": Params().model_dump(mode="json"), "parameter_file": None, "overrides": []}
-    assert server.call("ui/schemas/validate", {"json_schema": schema, "values": values}) == {
+    assert server.call("ui/schemas/validate", {"schema": schema, "values": values}) == {
         "errors": [],
         "valid": True,
     }

@@ -152,8 +152,17 @@ class Server:
 
 def kill(process: psutil.Process) -> None:
     """Kills a process and all that it has started, at once."""
-    for each in [*process.children(recursive=True), process]:
+    family = [*process.children(recursive=True), process]
+    for each in family:
         each.kill()
+    wait_until(lambda: not any(map(_lives, family)), seconds=30)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager
