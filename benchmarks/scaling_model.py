@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 
 from benchmarks.random_checkpoints import Shape, save_description
-from flows.engine import InlineEngine
-from flows.params import load_params
 from flows.dry_run import Step
+from flows.engine import InlineEngine
 from flows.live import LiveShare
 from flows.needs import MemoryNeeds, disk_needs, memory_needs
+from flows.params import load_params
 from flows.planning import dry_run
 from flows.session import Session
 from flows.work import WorkModel

@@ -2,9 +2,9 @@
 
 import pytest
 
+from benchmarks.random_checkpoints import SHAPES
 from benchmarks.scaling import DOCUMENT, row
 from benchmarks.scaling_model import ScalingModel, computed_rates, read_machines
-from benchmarks.random_checkpoints import SHAPES
 from surgeon.planning import Operation
 
 
