@@ -115,7 +115,8 @@ def watched(arguments: list[str], log: Path) -> Watched:
         while process.poll() is None:
             with suppress(psutil.Error, OSError):
                 own = max(own, _high_water(process.pid))
-                children = max(children, sum(child.memory_info().rss for child in seen.children(recursive=True)) / _GIB)
+                started = seen.children(recursive=True)
+                children = max(children, sum(child.memory_info().rss for child in started) / _GIB)
             time.sleep(_POLL_S)
         output.seek(0)
         text = output.read()
@@ -197,7 +198,8 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep models and results")
     arguments = parser.parse_args()
     print(
-        "| widths of | blocks | planned, GiB | peak, GiB | ratio | export, GiB | its check, GiB | prune, s | export, s |"
+        "| widths of | blocks | planned, GiB | peak, GiB | ratio | export, GiB | its check, GiB | prune, s "
+        "| export, s |"
         "\n|---|---|---|---|---|---|---|---|---|",
         flush=True,
     )

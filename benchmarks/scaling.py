@@ -1,4 +1,4 @@
-"""What pruning costs by size of model and machine: the tables and the plot of docs/scaling.md, from `surgeon plan`'s code.
+"""What pruning costs by size of model and machine: tables and plot of docs/scaling.md, from `surgeon plan`'s code.
 
 Usage: python -m benchmarks.scaling [--write] [--measure MACHINE]
 
@@ -156,7 +156,7 @@ def draw(found: Costs, path: Path) -> None:
     ticks = {1 / 60: "1 min", 1 / 6: "10 min", 1: "1 h", 10: "10 h", 100: "4 days", 1000: "6 weeks"}
     axes[0].set_yticks(list(ticks), list(ticks.values()))
     axes[0].legend(fontsize=8)
-    figure.suptitle(f"Pruning to {SPARSITY:.0%} in {SHOTS} shots, 128 × 2,048 calibration tokens")
+    figure.suptitle(f"Pruning to {SPARSITY:.0%} in {SHOTS} shots, 128 x 2,048 calibration tokens")
     figure.savefig(path, dpi=110)
 
 

@@ -236,6 +236,8 @@ class ScalingModel:
         }
         by_kind = parallel_terms(total, machine.rates, workers)
         device, host = self._memory(session, outline, machine, blocks_per_group)
+        if device > machine.device_gib or host > machine.host_gib:  # costs and updates may take more than the passes
+            return None
         return Cost(
             terms=_terms(by_kind),
             first=_terms(parallel_terms(first, machine.rates, workers)),
@@ -248,7 +250,7 @@ class ScalingModel:
         )
 
     def _fitting(self, machine: Machine, shards: int) -> int:
-        """The most blocks at a time, as a power of two or all; none where costs and updates do not fit."""
+        """The most blocks at a time whose passes fit, as a power of two or all; 0 where not one does."""
         session = self.session(1, shards, 2)
         n_blocks = session.model.n_blocks
         tried = sorted({n_blocks, *(2**k for k in range(8) if 2**k < n_blocks)}, reverse=True)

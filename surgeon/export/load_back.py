@@ -1,8 +1,8 @@
 """Whether an export gives the logits of the pruned model when another process loads it.
 
 The pruned model is run block by block. The export is loaded by a fresh Python process that knows torch and transformers
-and nothing of Surgeon, as its users will. An export that is large beside the memory there is stays in its files, and each
-block is read when it runs. The texts have different lengths, so padding, attention mask and the
+and nothing of Surgeon, as its users will. An export that is large beside the memory there is stays in its files, and
+each block is read when it runs. The texts have different lengths, so padding, attention mask and the
 key/value cache are looked at too.
 """
 
