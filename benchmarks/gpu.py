@@ -23,6 +23,7 @@ from benchmarks.gpu_checks import CHECKS
 from benchmarks.gpu_model import WIDTHS, make_checkpoint, write_words
 from flows.engine import InlineEngine
 from flows.params import load_params
+from flows.pool import ThreadPool
 from flows.prune import prune
 from flows.session import Session
 from flows.workspace import Workspace
@@ -70,6 +71,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--precision", default="float32", choices=("float32", "tf32"))
     parser.add_argument("--bare-batches", type=int, default=4, help="batches that the bare pass is timed on")
+    parser.add_argument("--workers", type=int, default=1, help="threads for costs and updates of blocks")
     parser.add_argument("-S", dest="more", action="append", default=[], help="more parameters, section.key=value")
     return parser.parse_args()
 
@@ -111,6 +113,7 @@ def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
         "structure": given.structure,
         "batch_size": context.batch_size,
         "blocks_per_group": context.blocks_per_group,
+        "workers": given.workers,
         "checkpoint_s": made_s,
     }
     tokens = read_arrays(context, session.calibration().key)["tokens"]
@@ -148,10 +151,12 @@ def open_session(folder: Path, model: Path, given: argparse.Namespace) -> Sessio
         f"evaluate.text={{source: {folder / 'evaluation.txt'}}}",
         *(f"calibrate.sequences={given.sequences}", f"calibrate.length={given.length}"),
         *(f"evaluate.windows={windows}", f"evaluate.length={given.length}"),
-        *("prune.shots=1", "prune.sparsity=0.2", f"prune.structure={given.structure}"),
+        *("prune.shots=1", "prune.sparsity=0.2", f"prune.structure={given.structure}", f"run.workers={given.workers}"),
         *given.more,
     ]
-    session = Session(load_params(None, overrides), Workspace((folder / "project").resolve()), InlineEngine(), print)
+    pool = ThreadPool(given.workers, torch.get_num_threads()) if given.workers > 1 else None
+    engine = InlineEngine(pool=pool)
+    session = Session(load_params(None, overrides), Workspace((folder / "project").resolve()), engine, print)
     session.check()
     return session
 

@@ -183,7 +183,8 @@ def check_sums(_folder: Path, device: str) -> Figures:
         exact = x.double().T @ x.double()
         error = float((mirror_lower(total).double() - exact).norm() / exact.norm())
         figures[f"sum of {dtype}"] = error
-        assert error < 1e-6, f"the sum of {dtype} on {device} is {error:.2g} from the exact one"
+        # Matrix units add up in float32 but do not round each sum to nearest (1.4e-6 on an H100).
+        assert error < 5e-6, f"the sum of {dtype} on {device} is {error:.2g} from the exact one"
     packed = packed_lower(total)
     assert torch.equal(unpacked_lower(packed, 2500), total)
     assert np.array_equal(SymmetricMatrix(packed.cpu().numpy()).to_full(), total.cpu().numpy())

@@ -78,9 +78,8 @@ def main() -> None:
             pairs.append((one, two))
         ratios = sorted(one / two for one, two in pairs)
         one, two = (statistics.median(column) for column in zip(*pairs, strict=True))
-        print(
-            f"| {runner} | {one:.1f} | {two:.1f} | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |"
-        )
+        gain = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        print(f"| {runner} | {one:.1f} | {two:.1f} | {gain} |", flush=True)
 
 
 if __name__ == "__main__":
