@@ -8,6 +8,7 @@ the free one with the lowest index. Where there are more processes than GPUs the
 
 import os
 import tempfile
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class _Claimed:
 
     claim: Claim | None = None
     pid: int = 0
+    lock = threading.Lock()
 
 
 def place_of(kind: str) -> str:
@@ -54,15 +56,22 @@ def place_of(kind: str) -> str:
     """
     if kind == Device.CPU:
         return kind
-    if _Claimed.claim is None or _Claimed.pid != os.getpid():
-        _Claimed.claim, _Claimed.pid = claim_device(kind, gpu_names()), os.getpid()
-        if _Claimed.claim.others:
-            warnings.warn(
-                f"{_Claimed.claim.device} is shared with {_Claimed.claim.others} other process(es) of this user: there "
-                "are more of them than GPUs. Fewer run.workers leave more memory to each.",
-                stacklevel=2,
-            )
-    return _Claimed.claim.device
+    with _Claimed.lock:
+        if _Claimed.claim is None or _Claimed.pid != os.getpid():
+            _Claimed.claim, _Claimed.pid = claim_device(kind, gpu_names()), os.getpid()
+            if _Claimed.claim.others:
+                warnings.warn(
+                    f"{_Claimed.claim.device} is shared with {_Claimed.claim.others} other process(es) of this user: "
+                    "there are more of them than GPUs. Fewer run.workers leave more memory to each.",
+                    stacklevel=2,
+                )
+            _load_solvers(_Claimed.claim.device)
+        return _Claimed.claim.device
+
+
+def _load_solvers(device: str) -> None:
+    """Has torch load its solvers for GPUs, which fails when two threads ask for the first solve at the same time."""
+    torch.linalg.cholesky(torch.eye(2, dtype=torch.float64, device=device))
 
 
 def claim_device(kind: str, names: Sequence[str], folder: Path | None = None) -> Claim:
