@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from flows.dry_run import DryRun, Step
-from flows.needs_gpu import Split, split_by_body
+from flows.needs_gpu import Split, largest_solve_gib, split_by_body
 from flows.params import EngineName
 from flows.pool import Runner
 from flows.session import Session
 from flows.work import WorkModel
 from flows.work_after import exported_bytes
 from flows.work_recovery import recovery_gib
-from surgeon.choices import Curvature, Device
+from surgeon.choices import Device
 from surgeon.correction.adapters import AdapterSettings
 from surgeon.errors import ParameterError, StoreError
-from surgeon.memory import available_bytes, loads_by_block, solve_gib
-from surgeon.pruning.granularity import is_structured
+from surgeon.memory import available_bytes, loads_by_block
 from tasks.benchmark import benchmark_task
 from tasks.block_times import block_times_task
 from tasks.bonsai import prior_task, sub_model_task
@@ -137,16 +136,9 @@ def memory_needs(session: Session, steps: Sequence[Step]) -> MemoryNeeds:
 
 def _by_body(session: Session) -> dict[Any, Callable[[], float]]:
     estimate = session.memory_estimate(session.context.blocks_per_group)
-    names = session.measured_linears
     model = session.model
     whole = model.n_parameters * model.torch_dtype.itemsize / GIB
-    solve = max(
-        (
-            solve_gib(*pair, in_place=_is_in_place(session), has_bias=any(s.has_bias for s in model.blocks[0]))
-            for pair in zip(model.shapes(), model.shapes(names), strict=True)
-        ),
-        default=0.0,
-    )
+    solve = largest_solve_gib(session)
     return {
         **dict.fromkeys(_PASSES, lambda: estimate.total_gib),
         correction_task: lambda: session.memory_estimate(model.n_blocks).total_gib + _adapters_gib(session),
@@ -166,14 +158,6 @@ def _by_body(session: Session) -> dict[Any, Callable[[], float]]:
         recovered_task: lambda: recovery_gib(session),
         export_task: lambda: estimate.trunk / GIB + _EXPORTED_COPIES * _FLOAT32 * _largest_block(session) / GIB,
     }
-
-
-def _is_in_place(session: Session) -> bool:
-    """Whether costs and updates solve with one Kronecker product, for structures that go whole."""
-    recipe = session.recipe
-    diagonalised = (Curvature.EKFAC, Curvature.KRONECKER_SUM)
-    is_plain = recipe.curvature.kind not in diagonalised and not recipe.update.newton_step
-    return is_plain and is_structured(recipe.granularity)
 
 
 def _largest_block(session: Session) -> int:

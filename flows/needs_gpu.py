@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.session import Session
-from surgeon.choices import Device
+from surgeon.choices import Curvature, Device
 from surgeon.memory import solve_gib
+from surgeon.pruning.granularity import is_structured
 from tasks.costs import cost_task
 from tasks.evaluation import evaluation_task
 from tasks.layer_costs import block_cost_task
@@ -35,6 +36,17 @@ class Split:
     gpu: float
 
 
+def largest_solve_gib(session: Session) -> float:
+    """What costs and updates of the largest block hold where they are computed, GiB."""
+    model, recipe = session.model, session.recipe
+    diagonalised = (Curvature.EKFAC, Curvature.KRONECKER_SUM)
+    is_plain = recipe.curvature.kind not in diagonalised and not recipe.update.newton_step
+    in_place = is_plain and is_structured(recipe.granularity)
+    has_bias = any(shape.has_bias for shape in model.blocks[0])
+    pairs = zip(model.shapes(), model.shapes(session.measured_linears), strict=True)
+    return max((solve_gib(*pair, in_place=in_place, has_bias=has_bias) for pair in pairs), default=0.0)
+
+
 def split_by_body(session: Session) -> dict[Any, Callable[[], Split]]:
     """What tasks hold where, of those for which it differs; of the others it is all in both. Empty without a GPU."""
     if session.device != Device.CUDA:
@@ -42,7 +54,7 @@ def split_by_body(session: Session) -> dict[Any, Callable[[], Split]]:
     estimate = session.memory_estimate(session.context.blocks_per_group)
     model = session.model
     pairs = list(zip(model.shapes(), model.shapes(session.measured_linears), strict=True))
-    solve = max((solve_gib(*pair) for pair in pairs), default=0.0)
+    solve = largest_solve_gib(session)
     weights = max((sum(n_out * n_in for n_out, n_in in block) for block, _ in pairs), default=0)
     side = max((max(pair) for _, measured in pairs for pair in measured), default=0)
     on_the_way = _FLOAT32 * (2 * weights + _ON_THE_WAY * side**2) / _GIB

@@ -283,7 +283,7 @@ def test_spectra_are_those_of_what_was_inverted(runs: Runs, settings: dict[str, 
         assert set(found[name]) == set(sides)
         for side, (factorised, damping) in sides.items():
             spectrum = found[name][side]
-            plain = np.linalg.eigvalsh(factorised.matrix.numpy())
+            plain = np.linalg.eigvalsh(factorised.matrix.double().numpy())
             assert spectrum.values == pytest.approx(plain, rel=1e-9, abs=1e-12 * plain[-1])
             if damping:  # units leave that of gradients without
                 damped = np.linalg.eigvalsh(factorised.damped.numpy())
