@@ -19,6 +19,7 @@ from flows.spectra import make_spectra
 from flows.stage_facts import has_export
 from flows.work import WorkModel
 from surgeon.planning import NOTHING, Rates, Work
+from surgeon.planning.parallel import Workers, parallel_seconds
 from surgeon.store import PlannedStore, Reference, is_promised
 from tasks.benchmark import benchmark_task
 from tasks.block_times import block_times_task
@@ -180,26 +181,39 @@ class Outline:
         found: tasks whose results are there, by row.
         start: work before the first task.
         needs: memory and disk.
+        workers: that share tasks which can run side by side; None if there is one.
     """
 
     steps: tuple[tuple[Step, Work], ...]
     found: Mapping[str, int]
     start: Work
     needs: Needs
+    workers: Workers | None = None
 
     def timed(self, rates: Rates) -> Plan:
         """The plan on a machine with these rates."""
         work: dict[str, Work] = {}
+        seconds: dict[str, float] = {}
+        task_seconds: dict[str, float] = {}
         counts = Counter(step.row for step, _ in self.steps)
         for step, each in self.steps:
             work[step.row] = work.get(step.row, NOTHING) + each
+            task_seconds[step.name] = self._seconds(step, each, rates)
+            seconds[step.row] = seconds.get(step.row, 0.0) + task_seconds[step.name]
         stages = [StagePlan(START, 0, 0, self.start, rates.seconds(self.start), 0.0)]
         for row in dict.fromkeys([*_ORDER, *work, *self.found]):
             n_found = self.found.get(row, 0)
             if counts[row] or n_found:
                 mine, memory = work.get(row, NOTHING), self.needs.memory.by_stage.get(row, 0.0)
-                stages.append(StagePlan(row, counts[row], n_found, mine, rates.seconds(mine), memory))
-        return Plan(tuple(stages), {step.name: rates.seconds(each) for step, each in self.steps}, self.needs)
+                stages.append(StagePlan(row, counts[row], n_found, mine, seconds.get(row, 0.0), memory))
+        return Plan(tuple(stages), task_seconds, self.needs)
+
+    def _seconds(self, step: Step, work: Work, rates: Rates) -> float:
+        """What a task adds to the time of the run: with workers, its share of the time that several take together."""
+        if self.workers is None:
+            return rates.seconds(work)
+        kind = step.name.rpartition("/")[2]
+        return parallel_seconds({kind: work}, rates, self.workers)[kind]
 
 
 def outline_run(session: Session, *, whole: bool = True) -> Outline:
@@ -217,7 +231,16 @@ def outline_run(session: Session, *, whole: bool = True) -> Outline:
     found = Counter(row_of(stage, name) for stage, names in dry.found.items() for name in names)
     start = Work.of(processes=_START_PROCESSES, seconds=_SERVER_S if engine is EngineName.PREFECT else 0.0)
     memory = memory_needs(planned, dry.steps)
-    return Outline(steps, found, start, Needs(memory, disk_needs(model, dry)))
+    return Outline(steps, found, start, Needs(memory, disk_needs(model, dry)), _workers(session))
+
+
+def _workers(session: Session) -> Workers | None:
+    """Who shares the work; the store is as fast for all together as it was measured for one."""
+    run = session.params.run
+    if run.workers == 1:
+        return None
+    context = session.context
+    return Workers(run.workers, run.shards, context.model.n_blocks, context.blocks_per_group, store_bytes_s=0.0)
 
 
 def require_possible(session: Session) -> None:

@@ -12,6 +12,7 @@ from flows.spectra import make_spectra
 from flows.stages import dense_evaluation
 from flows.work_after import n_windows
 from surgeon.choices import Keep
+from surgeon.planning import Operation, Rates
 from tests.flows.project import slow
 from tests.flows.sessions import Recorder, Runs, StoppedError
 
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("in_process")
 GROUPED = {"blocks_per_group": 1}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rows and columns in groups, last kept": ({}, {**GROUPED, "keep": "last"}),
+    "shards in groups": ({}, {**GROUPED, "shards": 3, "keep": "last"}),
     "units": ({"structure": "units", "sparsity": 0.2, "multiple": 4}, {"keep": "none"}),
     "weights by ekfac in groups": ({"structure": "weights", "curvature": "ekfac"}, {**GROUPED, "keep": "none"}),
     "several terms, draws, newton": (
@@ -62,7 +64,18 @@ def runs(small: dict[str, Any], tmp_path: Path) -> Runs:
     return Runs(small, tmp_path)
 
 
-@pytest.mark.parametrize("case", [name if number < 3 else slow(name) for number, name in enumerate(CASES)])
+def test_workers_share_the_time_of_what_runs_side_by_side(runs: Runs) -> None:
+    """Computing, not the mask, nor what the store gives."""
+    rates = Rates(dict.fromkeys(set(Operation) - {Operation.SECONDS}, 1e6))
+    plans = [outline_run(runs.session({"shots": 1}, shards=2, workers=n, threads=1)).timed(rates) for n in (1, 2)]
+    alone, shared = ({stage.name: stage for stage in plan.stages} for plan in plans)
+    for row in ("prune: curvature", "prune: costs", "prune: update"):
+        assert alone[row].work.amounts == shared[row].work.amounts
+        assert 0.5 * alone[row].seconds < shared[row].seconds < 0.95 * alone[row].seconds
+    assert shared["prune: mask"].seconds == pytest.approx(alone["prune: mask"].seconds)
+
+
+@pytest.mark.parametrize("case", [name if number < 4 else slow(name) for number, name in enumerate(CASES)])
 def test_what_is_planned_is_what_runs_however_often_it_is_stopped(case: str, runs: Runs) -> None:
     settings, run = CASES[case]
     settings = {"shots": 2, "sparsity": 0.3} | settings

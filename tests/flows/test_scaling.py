@@ -35,6 +35,6 @@ def test_rates_from_a_data_sheet():
     rates = computed_rates({"half": 100.0, "single": 10.0, "double": 1.0, "memory": 50.0}).per_second
     assert set(rates) == set(Operation) - {Operation.SECONDS}
     assert rates[Operation.FORWARD] == pytest.approx(0.4 * 50)
-    assert rates[Operation.GRAM] == pytest.approx(0.6 * 5)
+    assert rates[Operation.GRAM] == pytest.approx(0.5 * 50)
     assert rates[Operation.SOLVES] == pytest.approx(0.5 * 0.5)
     assert rates[Operation.COPIES] == pytest.approx(0.5 * 50)
