@@ -172,6 +172,8 @@ class PruningShot(ABC):
 
     def _request(self) -> Request:
         parameters = {**self._parameters(), "target": self.target, "batch_size": self.context.batch_size}
+        if (shards := self.session.params.run.shards) > 1:
+            parameters["shards"] = shards
         inputs = {"weights": self.state.digest, "calibration": self.calibration.digest}
         return Request(SHOT, parameters, inputs, f"{self.label}/shot")
 

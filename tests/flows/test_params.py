@@ -98,7 +98,7 @@ class TestUnknownKeys:
             ("prune: {adapters: {epoch: 3}}", "prune.adapters.epoch: unknown key. Did you mean 'epochs'"),
             ("prune: {damping: {gradient: 0.3}}", "prune.damping.gradient: unknown key. Did you mean 'gradients'"),
             ("calibrate: {text: {splits: x}}", "calibrate.text.splits: unknown key. Did you mean 'split'"),
-            ("run: {qqqq: 1}", "run.qqqq: unknown key. Allowed: engine, device, precision, batch_size"),
+            ("run: {qqqq: 1}", "run.qqqq: unknown key. Allowed: engine, runner, workers, cluster"),
             ("3: {x: 1}", "Keys should be strings|unknown section"),
         ],
     )
