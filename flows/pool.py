@@ -12,9 +12,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from enum import StrEnum
 from multiprocessing import get_context
 from typing import Any
+
+import psutil
 
 from surgeon.errors import ClusterError, WorkerLostError
 from tasks.remote import Call, fingerprint, run_call
@@ -111,7 +114,9 @@ class ProcessPool(Pool):
                 # Forked from one process that has imported everything, so they start at once and share those pages.
                 context = get_context("forkserver")
                 context.set_forkserver_preload(_PRELOADED)
-                self._processes = ProcessPoolExecutor(self.workers, context, initializer=end_with_parent)
+                self._processes = ProcessPoolExecutor(
+                    self.workers, context, initializer=end_with, initargs=(os.getpid(),)
+                )
             return self._processes
 
     def _replace(self, broken: ProcessPoolExecutor) -> None:
@@ -145,13 +150,20 @@ def require_answer(address: str, start: str) -> None:
         ) from error
 
 
-def end_with_parent() -> None:
-    """Makes this process end when the one that started it does, however that ends."""
-    parent = os.getppid()
+def end_with(number: int) -> None:
+    """Makes this process end when another does, however that ends.
+
+    (Their common server of forks lives as long as any of its children, so the parent says nothing.)
+
+    Args:
+        number: of the process of the run.
+    """
+    run = psutil.Process(number)
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_WATCH_EVERY_S)
+        with suppress(psutil.NoSuchProcess):
+            while run.is_running() and run.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(_WATCH_EVERY_S)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
