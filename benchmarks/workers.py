@@ -8,6 +8,7 @@ Needs SURGEON_TEXT_DIR.
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +23,10 @@ _WARM = 16
 
 
 def parameters(runner: str, workers: int, shards: int, sequences: int, length: int) -> Params:
-    text = Path(os.environ["SURGEON_TEXT_DIR"])
+    folder = os.environ.get("SURGEON_TEXT_DIR")
+    if folder is None:
+        sys.exit("SURGEON_TEXT_DIR does not name a folder with WikiText-2 (valid.txt, test.txt)")
+    text = Path(folder)
     return Params.model_validate(
         {
             "calibrate": {"text": {"source": str(text / "valid.txt")}, "sequences": sequences, "length": length},
