@@ -80,6 +80,7 @@ def main() -> None:
             (one, first), (two, second) = run(runner, 1, given), run(runner, 2, given)
             assert first == second, "two workers have other bits"
             pairs.append((one, two))
+            print(f"{runner}: {one:.1f} s, {two:.1f} s", file=sys.stderr, flush=True)
         ratios = sorted(one / two for one, two in pairs)
         one, two = (statistics.median(column) for column in zip(*pairs, strict=True))
         gain = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
