@@ -52,6 +52,10 @@ class CorruptObjectError(SurgeonError):
         super().__init__(message)
         self.key = key
 
+    def __reduce__(self) -> tuple[type["CorruptObjectError"], tuple[str, str]]:
+        """It comes back whole from a worker process."""
+        return type(self), (str(self), self.key)
+
 
 class EvictedError(SurgeonError):
     """The payload of a stored object was dropped by the retention policy; only its reference remains."""

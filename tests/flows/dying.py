@@ -1,4 +1,4 @@
-"""Tasks that kill the worker that runs them, once or always; importable by workers."""
+"""Tasks that kill the worker that runs them or damage what they read; importable by workers."""
 
 import os
 import signal
@@ -7,9 +7,10 @@ from typing import Any
 
 from surgeon.store import Reference
 from tasks.context import Context
-from tasks.curvature import Measured
+from tasks.curvature import Measured, statistic_request
 from tasks.measuring import GroupWork, curvature_task
 from tasks.progress import SilentReporter, set_reporter
+from tasks.reducing import reduction_task
 from tasks.stage import Outcome, begin
 
 
@@ -37,6 +38,22 @@ def curvature_that_dies_once(context: Context, measured: Measured, work: GroupWo
         return curvature_task(context, measured, work)
     finally:
         set_reporter(SilentReporter())
+
+
+def reduction_that_finds_damage_once(context: Context, measured: Measured, block: int, statistics: Any) -> Outcome[Any]:
+    """A byte of what it reads has flipped, the first time."""
+    begin()
+    if not marker_of(context).exists():
+        marker_of(context).touch()
+        part = measured.parts(measured.calibration.attributes["n_sequences"])[1]
+        request = statistic_request(context, part, statistics[0], block)
+        assert request is not None
+        folder = context.store.open().path(request.key(context))
+        chunk = next(path for path in sorted(folder.rglob("c/*")) if path.is_file())
+        content = bytearray(chunk.read_bytes())
+        content[3] ^= 1
+        chunk.write_bytes(bytes(content))
+    return reduction_task(context, measured, block, statistics)
 
 
 def curvature_that_dies(_context: Context, _measured: Measured, _work: GroupWork) -> Outcome[Any]:

@@ -20,7 +20,12 @@ from flows.ray_pool import RayPool
 from surgeon.errors import ClusterError, WorkerLostError
 from tasks.remote import fingerprint, require_fit
 from tasks.stage import Outcome, begin
-from tests.flows.dying import curvature_that_dies, curvature_that_dies_once, marker_of
+from tests.flows.dying import (
+    curvature_that_dies,
+    curvature_that_dies_once,
+    marker_of,
+    reduction_that_finds_damage_once,
+)
 from tests.flows.project import Project
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -89,6 +94,17 @@ def test_workers_that_die_again_and_again(runs: Runs, monkeypatch: pytest.Monkey
         ),
     ):
         prune(session)
+
+
+def test_damage_that_a_worker_finds_is_mended(runs: Runs, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error comes back with the key of what is damaged, which is then computed again."""
+    monkeypatch.setattr("flows.statistics.reduction_task", reduction_that_finds_damage_once)
+    with runs.session("damaged", **SHARED_OUT, runner="processes", workers=2) as session:
+        session.check()
+        warned: list[str] = []
+        session.warn = warned.append
+        assert session.healed(lambda: prune(session))[-1].state.digest == expected
+        assert any("computed again" in line for line in warned)
 
 
 def test_other_threads_are_another_result(runs: Runs) -> None:
