@@ -38,7 +38,7 @@ def open_session(root: Path, params: Params, quiet: bool) -> Iterator[Session]:
         workspace = Workspace(root, params.run.store, params.run.cache)
         session = Session(params, workspace, engine, shown.say, shown.warn)
         try:
-            with _threads(threads_of(params.run)):
+            with _same_threads():
                 yield session
         finally:
             engine.close()
@@ -75,11 +75,9 @@ def open_pool(run: RunParams) -> Pool | None:
 
 
 @contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    """Sets the number of threads that torch uses in this process."""
+def _same_threads() -> Iterator[None]:
+    """Puts back the number of threads that torch uses in this process, which a session may set."""
     before = torch.get_num_threads()
-    if number is not None:
-        torch.set_num_threads(number)
     try:
         yield
     finally:

@@ -179,13 +179,16 @@ class Session:
         for line in store.limits():
             self.warn(line)
         refill(self.workspace, self.say)
+        threads = threads_of(run) if device == Device.CPU.value else None
+        if threads is not None:  # it is in the keys, so it must be true of this process, too
+            torch.set_num_threads(threads)
         return Context(
             store=self.workspace.store,
             model=self.model,
             device=device,
             batch_size=batch_size,
             blocks_per_group=run.blocks_per_group or self._blocks_per_group(batch_size),
-            threads=threads_of(run) if device == Device.CPU.value else None,
+            threads=threads,
             precision=precision,
         )
 

@@ -17,6 +17,7 @@ from flows.opening import open_session
 from flows.params import Params
 from flows.prune import prune
 from flows.ray_pool import RayPool
+from flows.states import pruned_state
 from surgeon.errors import ClusterError, WorkerLostError
 from tasks.remote import fingerprint, require_fit
 from tasks.stage import Outcome, begin
@@ -71,6 +72,19 @@ RUNNERS = [("threads", 2), ("processes", 4), ("dask", 2), ("ray", 2)]
 @pytest.mark.parametrize(("runner", "workers"), RUNNERS)
 def test_the_same_bits_whoever_computes(runs: Runs, expected: str, runner: str, workers: int) -> None:
     assert runs.digest(f"{runner}-{workers}", **SHARED_OUT, runner=runner, workers=workers) == expected
+
+
+def test_under_prefect(runs: Runs, expected: str) -> None:
+    """Its task runs wait in threads of the run for what the workers compute."""
+    run = {**SHARED_OUT, "runner": "processes", "workers": 2, "engine": "prefect"}
+    sections = {
+        "prune": {"structure": "rows-and-columns", "shots": 2},
+        "run": {**runs.params["run"], "blocks_per_group": 1, "batch_size": 1, "keep": "last", **run},
+    }
+    project = Project(runs.root / "prefect", runs.params | sections)
+    project.surgeon("prune", "--quiet").ok()
+    with runs.session("prefect", **SHARED_OUT) as session:
+        assert pruned_state(session).digest == expected
 
 
 @pytest.mark.parametrize("runner", ["processes", "dask", "ray"])
